@@ -1,0 +1,265 @@
+"""HunyuanVideo's causal 3-D VAE: video <-> latents, one file read from top to bottom.
+
+Every module carries the name it has in the official checkpoint, so a state dict loads without a key map.
+Source: Tencent's HunyuanVideo repository (``hyvideo/vae``), the published ``884-16c-hy0801``: 8 x 8 pixels and
+4 frames to one latent of 16 channels, the first frame on its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import SettingsError
+from ...nn.causal_conv import CausalConv3d
+from ...types import Grid, VideoShape
+from .config import CodecConfig
+
+NORM_EPS = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)
+Steps = tuple[int, int, int]
+"""Factors by which a level shrinks or grows (T, H, W)."""
+
+
+def _norm(config: CodecConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.num_groups, channels, eps=NORM_EPS)
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU; in place where no gradient needs the input, which saves one full-size tensor when decoding."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class ResnetBlock(nn.Module):
+    """(B, C, T, H, W) -> (B, C', T, H, W)."""
+
+    def __init__(self, config: CodecConfig, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(config, in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = _norm(config, out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class FrameCausalAttention(nn.Module):
+    """One head over all positions; a position sees the frames up to and including its own."""
+
+    def __init__(self, config: CodecConfig, channels: int) -> None:
+        super().__init__()
+        self.group_norm = _norm(config, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_frames, height, width = x.shape[2:]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, T H W, C)
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        # One call per frame over the keys so far: half the work of a masked call and no (T H W)^2 mask.
+        area = height * width
+        seen = [
+            F.scaled_dot_product_attention(frame, k[:, :, : (i + 1) * area], v[:, :, : (i + 1) * area])
+            for i, frame in enumerate(q.split(area, dim=2))
+        ]
+        out = self.to_out[0](torch.cat(seen, dim=2)).squeeze(1)
+        return x + out.transpose(1, 2).unflatten(2, (num_frames, height, width))
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention (optional), residual block, at the coarsest level."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        channels = config.block_channels[-1]
+        self.attentions = nn.ModuleList([FrameCausalAttention(config, channels)] if config.mid_attention else [])
+        self.resnets = nn.ModuleList([ResnetBlock(config, channels, channels) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Downsample(nn.Module):
+    """Strided causal convolution: T -> ceil(T / 2) where time shrinks, so 2n + 1 frames -> n + 1."""
+
+    def __init__(self, channels: int, steps: Steps) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, stride=steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a causal convolution: T -> 2 T - 1 where time grows (the first frame stays single)."""
+
+    def __init__(self, channels: int, steps: Steps) -> None:
+        super().__init__()
+        self.steps = steps
+        self.conv = CausalConv3d(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time, *space = self.steps
+        for dim, step in enumerate(space, start=3):
+            if step > 1:
+                x = x.repeat_interleave(step, dim=dim)
+        if time > 1 and x.shape[2] > 1:
+            x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(time, dim=2)], dim=2)
+        return self.conv(x)
+
+
+class DownBlock(nn.Module):
+    def __init__(self, config: CodecConfig, in_channels: int, out_channels: int, steps: Steps) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * config.layers_per_block
+        self.resnets = nn.ModuleList([ResnetBlock(config, a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, steps)] if max(steps) > 1 else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    def __init__(self, config: CodecConfig, in_channels: int, out_channels: int, steps: Steps) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (config.layers_per_block + 1)
+        self.resnets = nn.ModuleList([ResnetBlock(config, a, b) for a, b in zip(widths, widths[1:], strict=False)])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels, steps)] if max(steps) > 1 else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        widths = config.block_channels
+        self.conv_in = CausalConv3d(config.in_channels, widths[0])
+        self.down_blocks = nn.ModuleList(
+            [
+                DownBlock(config, a, b, steps)
+                for a, b, steps in zip((widths[0], *widths), widths, level_steps(config), strict=False)
+            ]
+        )
+        self.mid_block = MidBlock(config)
+        self.conv_norm_out = _norm(config, widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(_silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        widths = config.block_channels[::-1]
+        self.conv_in = CausalConv3d(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(
+            [
+                UpBlock(config, a, b, steps)
+                for a, b, steps in zip((widths[0], *widths), widths, level_steps(config), strict=False)
+            ]
+        )
+        self.conv_norm_out = _norm(config, widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], config.in_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(x)))
+
+
+def level_steps(config: CodecConfig) -> list[Steps]:
+    """(T, H, W) factors of each level, in the order of execution, the same for encoder and decoder.
+
+    Space changes in the first levels; time in the last ones before the final level, which never changes it.
+    """
+    num_levels = len(config.block_channels)
+    num_space, num_time = (_log2(config.spatial_compression), _log2(config.temporal_compression))
+    if num_space > num_levels or num_time > num_levels - 1:
+        raise SettingsError(
+            "The codec has too few levels for its compression",
+            given=f"{num_levels} levels for {config.spatial_compression} px and {config.temporal_compression} frames",
+            expected="one level for each halving of space, and one more level than halvings of time",
+            do="add a level to block_channels or lower the compression",
+        )
+    last = num_levels - 1
+    return [
+        (2 if last - num_time <= level < last else 1, *(2 if level < num_space else 1,) * 2)
+        for level in range(num_levels)
+    ]
+
+
+def _log2(compression: int) -> int:
+    if compression < 1 or compression & (compression - 1):
+        raise SettingsError(
+            "The compression of the codec cannot be used", given=compression, expected="a power of two: 1, 2, 4, 8, ..."
+        )
+    return int(math.log2(compression))
+
+
+class CausalVAE(nn.Module):
+    """The whole codec at the VAE's own scale; :class:`HunyuanCodec` adds the scaling."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+
+    @property
+    def grid(self) -> Grid:
+        """How many pixels and frames one latent stands for."""
+        config = self.config
+        return Grid(
+            channels=config.latent_channels, spatial=config.spatial_compression, temporal=config.temporal_compression
+        )
+
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, T, H, W) in [-1, 1] -> mean and log variance, each (B, C, T', H / 8, W / 8), in one pass.
+
+        Raises:
+            SettingsError: T is not 4 n + 1, or H or W is not a multiple of 8.
+        """
+        self._check(video, self.config.in_channels, "video")
+        VideoShape(num_frames=video.shape[2], height_px=video.shape[3], width_px=video.shape[4]).check(self.grid)
+        mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C, T, H, W) latents at the VAE's scale -> (B, 3, 4 (T - 1) + 1, 8 H, 8 W), about [-1, 1]; one pass."""
+        self._check(z, self.config.latent_channels, "latents")
+        return self.decoder(self.post_quant_conv(z))
+
+    @staticmethod
+    def _check(x: Tensor, channels: int, name: str) -> None:
+        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+            raise SettingsError(
+                f"The {name} cannot be used",
+                given=f"a tensor of shape {tuple(x.shape)}",
+                expected=f"(batch, {channels}, frames, height, width), none of them 0",
+            )
