@@ -1,0 +1,140 @@
+"""The host: whatever runs the core (ComfyUI, the command line, a script) and what the core asks of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import Cancelled, FileError
+
+PARTS = ("network", "codec", "text")
+"""the parts of a model, one file each: diffusion network, VAE, text encoders"""
+
+FOLDERS = {"network": "diffusion_models", "codec": "vae", "text": "text_encoders"}
+"""ComfyUI's folder of each part under ``models/``"""
+
+
+class Host(Protocol):
+    """What the core may ask for. ``nodes/host.py`` answers with ComfyUI's manager, :class:`LocalHost` elsewhere."""
+
+    def device(self) -> torch.device:
+        """Where networks run."""
+        ...
+
+    def make_room(self, num_bytes: int) -> None:
+        """Free device memory, e.g. by unloading other models, before ``num_bytes`` are needed."""
+        ...
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of ``what`` (``"sample"``, ``"decode"``, ...) are finished."""
+        ...
+
+    def preview(self, frames: Callable[[], Tensor]) -> None:
+        """A small preview is available: ``frames()`` computes (T, H, W, 3) uint8 on the CPU, only if called."""
+        ...
+
+    def check_cancelled(self) -> None:
+        """Raise :class:`Cancelled` (or the host's own signal) when the user asked to stop. Called often."""
+        ...
+
+    def find(self, kind: str, name: str) -> Path:
+        """The file of ``kind`` (one of :data:`PARTS`) that the user calls ``name``."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalHost:
+    """A host without ComfyUI: callbacks for progress and previews, an event for cancelling.
+
+    ``folders`` are searched for models, each laid out as ComfyUI's ``models/`` or as one folder per model;
+    the bundled checkpoints are always found.
+    """
+
+    run_on: torch.device | str | None = None
+    """None: the first GPU if there is one, else the CPU"""
+    folders: Sequence[Path] = ()
+    on_progress: Callable[[str, int, int], None] | None = None
+    on_preview: Callable[[Tensor], None] | None = None
+    cancelled: Event = field(default_factory=Event)
+
+    def device(self) -> torch.device:
+        return torch.device(self.run_on) if self.run_on is not None else default_device()
+
+    def make_room(self, num_bytes: int) -> None:
+        """Nothing else is loaded by a local host; the allocator's cache is all there is to give back."""
+        if self.device().type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device())
+            if free < num_bytes:
+                torch.cuda.empty_cache()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(what, done, total)
+
+    def preview(self, frames: Callable[[], Tensor]) -> None:
+        if self.on_preview is not None:
+            self.on_preview(frames())
+
+    def check_cancelled(self) -> None:
+        if self.cancelled.is_set():
+            raise Cancelled("stopped by the user")
+
+    def cancel(self) -> None:
+        """Ask the running work to stop; safe from another thread or a signal handler."""
+        self.cancelled.set()
+
+    def find(self, kind: str, name: str) -> Path:
+        """Raises FileError, with the names that exist, when there is no such file."""
+        direct = Path(name).expanduser()
+        if direct.is_file():
+            return direct
+        for root in [*self.folders, *bundled_models().values()]:
+            for folder in (root / FOLDERS.get(kind, kind), root):
+                if (folder / name).is_file():
+                    return folder / name
+        bundled = bundled_models()
+        model, _, file = name.replace("\\", "/").partition("/")
+        if model in bundled and file and (bundled[model] / file).is_file():
+            return bundled[model] / file
+        raise FileError(
+            f"No {kind} checkpoint of this name was found",
+            given=name,
+            expected="a path to a .safetensors file, or one of "
+            + ", ".join(f"{model}/{path.name}" for model, root in bundled.items() for path in sorted(root.glob("*.s*"))),
+        )
+
+
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU. Asked when needed, never at import."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def bundled_models() -> dict[str, Path]:
+    """name -> folder of the checkpoints that come with the package."""
+    root = Path(__file__).resolve().parents[2] / "models"
+    if not root.is_dir():
+        return {}
+    folders = (path for path in sorted(root.iterdir()) if path.is_dir())
+    return {path.name: path for path in folders if any(path.glob("*.safetensors"))}
+
+
+def available_cores() -> int:
+    """CPU cores this process may use (affinity and container limits, where the system tells)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, _, period = quota.read_text().strip().partition(" ")
+        if limit.isdigit() and period.isdigit() and int(period):
+            cores = min(cores, max(1, round(int(limit) / int(period))))
+    return max(1, cores)
