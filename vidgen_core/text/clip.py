@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..families.hunyuan.config import ClipDims
+    from .dims import ClipDims
 
 
 class ClipText(nn.Module):

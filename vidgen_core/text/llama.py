@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..families.hunyuan.config import LlamaDims
+    from .dims import LlamaDims
 
 
 class Rotary(nn.Module):

@@ -1,0 +1,124 @@
+"""HunyuanVideo's dimensions, from the 1 M toy to the published 13 B: three frozen records.
+
+They travel as JSON in the metadata of a safetensors file, so that a file alone is enough to build
+the model it holds. Source of the published values: Tencent's HunyuanVideo repository
+(``hyvideo/modules/models.py``, ``hyvideo/vae``, ``hyvideo/constants.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...text.dims import ClipDims, LlamaDims
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """The diffusion transformer."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    hidden_size: int = 3072
+    num_heads: int = 24
+    mlp_ratio: float = 4.0
+    num_double_blocks: int = 20
+    num_single_blocks: int = 40
+    num_refiner_blocks: int = 2
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """latent frames, rows and columns per token"""
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    """head dimensions given to time, height and width; they add up to hidden_size / num_heads"""
+    rope_theta: float = 256.0
+    text_width: int = 4096
+    pooled_width: int = 768
+    guidance_embed: bool = True
+    """the network is told the guidance scale (guidance-distilled checkpoints)"""
+    image_condition: Literal["none", "token_replace", "latent_concat"] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecConfig:
+    """The causal 3-D VAE."""
+
+    in_channels: int = 3
+    latent_channels: int = 16
+    block_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    """residual blocks per encoder level; the decoder has one more"""
+    num_groups: int = 32
+    spatial_compression: int = 8
+    temporal_compression: int = 4
+    mid_attention: bool = True
+    scaling_factor: float = 0.476986
+    """latents the network sees = scaling_factor * latents of the VAE"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A prompt template and how many of its leading tokens are cut from the states."""
+
+    text: str
+    crop_start: int
+
+
+VIDEO_TEMPLATE = Template(
+    text=(
+        "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+        "1. The main content and theme of the video."
+        "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+        "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+        "4. background environment, light, style and atmosphere."
+        "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    ),
+    crop_start=95,
+)
+IMAGE_TEMPLATE = Template(
+    text=(
+        "<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, shape, size, "
+        "texture, quantity, text, spatial relationships of the objects and background:<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    ),
+    crop_start=36,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """The pair of text encoders: LLaMA states per token and one pooled CLIP vector."""
+
+    llama: LlamaDims = LlamaDims()
+    clip: ClipDims = ClipDims()
+    max_length: int = 256
+    """prompt tokens kept after the template is cropped; shorter prompts are padded on the right"""
+    pad_token_id: int = 128258
+    bos_token_id: int = 128000
+    video_template: Template = VIDEO_TEMPLATE
+    image_template: Template = IMAGE_TEMPLATE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a node or the command line uses when the user says nothing; a checkpoint may carry its own."""
+
+    num_frames: int = 129
+    height_px: int = 720
+    width_px: int = 1280
+    fps: int = 24
+    num_steps: int = 50
+    shift: float = 7.0
+    guidance: float = 6.0
+    """embedded guidance; ignored by networks without it"""
+    cfg: float = 1.0
+    """true classifier-free guidance; 1 is off"""
+    sampler: str = "euler"
+    schedule: str = "simple"
+    negative_prompt: str = ""
+
+
+T2V_720P = NetworkConfig()
+I2V_TOKEN_REPLACE = NetworkConfig(image_condition="token_replace")
+I2V_LATENT_CONCAT = NetworkConfig(in_channels=33, guidance_embed=False, image_condition="latent_concat")
+VAE_884_16C = CodecConfig()
+LLAMA_CLIP = TextConfig()

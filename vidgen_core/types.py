@@ -1,0 +1,140 @@
+"""The nouns of the core: tensors' names and shapes, and the one object that crosses from text and
+keyframes to the network.
+
+Shape legend used everywhere: B batch, C channels, T frames (pixels or latents), H height, W width,
+L text tokens, D width of a token, P width of a pooled vector.
+
+``video``   (B, 3, T, H, W) in [-1, 1]
+``latents`` (B, C, T, H, W) at unit scale, as the network sees them
+``t``       time of the noise process in [0, 1]; 0 is clean, 1 is noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .errors import SettingsError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""``(x_t, t) -> x0``: the clean latents expected from the noisy ones. ``t`` is a 0-dim or (B,) tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """How pixels map to latents: ``spatial`` px and ``temporal`` frames per latent.
+
+    ``causal`` codecs give the first frame a latent of its own: T frames <-> (T - 1) / temporal + 1.
+    """
+
+    channels: int
+    spatial: int
+    temporal: int
+    causal: bool = True
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        if self.causal:
+            return (num_frames - 1) // self.temporal + 1
+        return num_frames // self.temporal
+
+    def num_frames(self, num_latent_frames: int) -> int:
+        """The inverse of :meth:`num_latent_frames`."""
+        if self.causal:
+            return (num_latent_frames - 1) * self.temporal + 1
+        return num_latent_frames * self.temporal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoShape:
+    """Length and size of a video in frames and pixels."""
+
+    num_frames: int
+    height_px: int
+    width_px: int
+
+    def latent_shape(self, grid: Grid) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents that decode to this video."""
+        return (
+            grid.channels,
+            grid.num_latent_frames(self.num_frames),
+            self.height_px // grid.spatial,
+            self.width_px // grid.spatial,
+        )
+
+    def check(self, grid: Grid, *, patch: tuple[int, int, int] = (1, 1, 1)) -> None:
+        """Raise :class:`SettingsError` unless this is a size the codec and network can make."""
+        step = grid.spatial * patch[1], grid.spatial * patch[2]
+        for name, value, multiple in (("height", self.height_px, step[0]), ("width", self.width_px, step[1])):
+            if value <= 0 or value % multiple:
+                nearest = max(multiple, round(value / multiple) * multiple)
+                raise SettingsError(
+                    f"The {name} of the video cannot be used",
+                    given=f"{value} px",
+                    expected=f"a positive multiple of {multiple} px",
+                    do=f"use {nearest} px",
+                )
+        offset = 1 if grid.causal else 0
+        if self.num_frames < 1 or (self.num_frames - offset) % grid.temporal:
+            nearest = max(0, round((self.num_frames - offset) / grid.temporal)) * grid.temporal + offset
+            rule = f"{grid.temporal} n + {offset} frames" if grid.temporal > 1 else "at least 1 frame"
+            raise SettingsError(
+                "The number of frames cannot be used",
+                given=f"{self.num_frames} frames",
+                expected=f"{rule} (1, 5, 9, 13, 17, ...)" if (grid.temporal, offset) == (4, 1) else rule,
+                do=f"use {max(1, nearest)} frames",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Latent frames that are given and must come out unchanged (token-replaced keyframes)."""
+
+    latents: Tensor
+    """(B, C, T, H, W); only the held frames are read."""
+    mask: Tensor
+    """(B, 1, T, 1, 1) bool, true where a frame is held."""
+
+
+def _map_tensor(value: Tensor | None, fn: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if value is None else fn(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """Everything the network is told besides the noisy latents and the time."""
+
+    context: Tensor | None = None
+    """(B, L, D) text (or image) tokens."""
+    context_mask: Tensor | None = None
+    """(B, L) bool, true for real tokens; None means that nothing is padded."""
+    pooled: Tensor | None = None
+    """(B, P) one vector for the whole prompt."""
+    concat: Tensor | None = None
+    """(B, C', T, H, W) stacked onto the channels of the noisy latents."""
+    held: Held | None = None
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B,) numbers by name: guidance, fps, motion_bucket, noise_level."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply ``fn`` to every tensor inside."""
+        held = None if self.held is None else Held(latents=fn(self.held.latents), mask=fn(self.held.mask))
+        return replace(
+            self,
+            context=_map_tensor(self.context, fn),
+            context_mask=_map_tensor(self.context_mask, fn),
+            pooled=_map_tensor(self.pooled, fn),
+            concat=_map_tensor(self.concat, fn),
+            held=held,
+            scalars={name: fn(value) for name, value in self.scalars.items()},
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move; ``dtype`` applies to floating tensors only."""
+        return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+
+    def expand(self, batch: int) -> Conditioning:
+        """Repeat a conditioning of batch 1 to ``batch`` samples; one that already fits is returned as it is."""
+        return self.map(lambda x: x if x.shape[0] == batch else x.expand(batch, *x.shape[1:]))
