@@ -89,6 +89,25 @@ class VideoShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a node or the command line uses when the user says nothing; a checkpoint may carry its own."""
+
+    num_frames: int = 129
+    height_px: int = 720
+    width_px: int = 1280
+    fps: int = 24
+    num_steps: int = 50
+    shift: float = 7.0
+    guidance: float = 6.0
+    """embedded guidance; ignored by networks without it"""
+    cfg: float = 1.0
+    """true classifier-free guidance; 1 is off"""
+    sampler: str = "euler"
+    schedule: str = "simple"
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """Latent frames that are given and must come out unchanged (token-replaced keyframes)."""
 

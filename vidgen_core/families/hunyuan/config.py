@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...types import Defaults
+
 from ...text.dims import ClipDims, LlamaDims
 
 
@@ -98,27 +100,9 @@ class TextConfig:
     image_template: Template = IMAGE_TEMPLATE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
-    """What a node or the command line uses when the user says nothing; a checkpoint may carry its own."""
-
-    num_frames: int = 129
-    height_px: int = 720
-    width_px: int = 1280
-    fps: int = 24
-    num_steps: int = 50
-    shift: float = 7.0
-    guidance: float = 6.0
-    """embedded guidance; ignored by networks without it"""
-    cfg: float = 1.0
-    """true classifier-free guidance; 1 is off"""
-    sampler: str = "euler"
-    schedule: str = "simple"
-    negative_prompt: str = ""
-
-
 T2V_720P = NetworkConfig()
 I2V_TOKEN_REPLACE = NetworkConfig(image_condition="token_replace")
 I2V_LATENT_CONCAT = NetworkConfig(in_channels=33, guidance_embed=False, image_condition="latent_concat")
 VAE_884_16C = CodecConfig()
 LLAMA_CLIP = TextConfig()
+DEFAULTS = Defaults()
