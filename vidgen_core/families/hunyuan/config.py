@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...types import Defaults
-
 from ...text.dims import ClipDims, LlamaDims
+from ...types import Defaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
