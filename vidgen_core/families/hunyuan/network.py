@@ -1,0 +1,454 @@
+"""HunyuanVideo's diffusion transformer, from the 1 M toy to the published 13 B.
+
+Video and text tokens first run as two streams that attend jointly (double blocks), then as one (single blocks).
+A vector made of the time, the pooled text and, for distilled checkpoints, the guidance scale shifts, scales and gates
+every block. Module names are those of the published checkpoints. Source: Tencent's ``hyvideo/modules/models.py``.
+
+Shapes: B batch, L video tokens, M text tokens, D hidden size, F vectors per sample (1, or one per latent frame).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import SettingsError
+from ...nn.attention import attention
+from ...nn.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
+from ...nn.modulation import Modulation, gated_add, modulate
+from ...nn.norms import RMSNorm, layer_norm
+from ...nn.rope import apply_rope, rope_table
+from .config import NetworkConfig
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What every block is told."""
+
+    vec: Tensor
+    """(B, 1, D) after SiLU: for text tokens, and for video tokens unless they have their own"""
+    frame_vec: Tensor
+    """(B, F, D) after SiLU: for video tokens"""
+    rope: tuple[Tensor, Tensor]
+    """tables over the L + M joint tokens; text is not rotated"""
+    mask: Tensor | None
+    """(B, 1, 1, L + M) bool, true for tokens that may be looked at"""
+    num_video: int
+    """L"""
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 * D), rows ordered [q | k | v] -> three (B, L, heads, d)."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return q, k, v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, heads, d) each -> (B, L, D)."""
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask).transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.activation = activation
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+class VectorEmbedder(nn.Module):
+    """The pooled text (B, P) -> (B, D)."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class TextProjection(nn.Module):
+    """The mean of the text tokens (B, text_width) -> (B, D)."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class RefinerBlock(nn.Module):
+    """Self-attention over the text, gated but neither shifted nor scaled; queries and keys are not normalised."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.self_attn_qkv = nn.Linear(width, 3 * width)
+        self.self_attn_proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, int(width * config.mlp_ratio), F.silu)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+        gate_attn, gate_mlp = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        q, k, v = _heads(self.self_attn_qkv(self.norm1(x)), self.num_heads)
+        x = gated_add(x, gate_attn, self.self_attn_proj(_attend(q, k, v, mask)))
+        return gated_add(x, gate_mlp, self.mlp(self.norm2(x)))
+
+
+class IndividualTokenRefiner(nn.Module):
+    """Holds the blocks; exists for the checkpoints' names."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.num_refiner_blocks))
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, c, mask)
+        return x
+
+
+class TokenRefiner(nn.Module):
+    """Text states -> text tokens: a small bidirectional transformer told the time and the mean of the text."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.input_embedder = nn.Linear(config.text_width, config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.c_embedder = TextProjection(config.text_width, config.hidden_size)
+        self.individual_token_refiner = IndividualTokenRefiner(config)
+
+    def forward(self, context: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
+        """context (B, M, text_width), timestep (B,), mask (B, M) bool -> (B, M, D)."""
+        c = self.t_embedder(timestep, context.dtype) + self.c_embedder(_masked_mean(context, mask))
+        keys = None
+        if mask is not None:
+            # Token 0 is always visible: a prompt without any token must not divide zero by zero in the softmax.
+            # Padded rows look at the real tokens here; nothing ever looks at a padded row.
+            first = torch.arange(mask.shape[1], device=mask.device) == 0
+            keys = (mask | first)[:, None, None, :]
+        return self.individual_token_refiner(self.input_embedder(context), c, keys)
+
+
+def _masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens: (B, M, D), (B, M) -> (B, D); zero when there is none."""
+    if mask is None:
+        return x.mean(dim=1)
+    weight = mask.float()
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.bmm(weight.unsqueeze(1), x.float()).squeeze(1).to(x.dtype)
+
+
+class DoubleBlock(nn.Module):
+    """Two streams with weights of their own that meet in one attention."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.hidden_size // config.num_heads
+        hidden = int(width * config.mlp_ratio)
+        self.num_heads = config.num_heads
+        self.img_mod = Modulation(width, 6)
+        self.img_attn_qkv = nn.Linear(width, 3 * width)
+        self.img_attn_q_norm = RMSNorm(head, eps=NORM_EPS)
+        self.img_attn_k_norm = RMSNorm(head, eps=NORM_EPS)
+        self.img_attn_proj = nn.Linear(width, width)
+        self.img_mlp = MLP(width, hidden, gelu_tanh)
+        self.txt_mod = Modulation(width, 6)
+        self.txt_attn_qkv = nn.Linear(width, 3 * width)
+        self.txt_attn_q_norm = RMSNorm(head, eps=NORM_EPS)
+        self.txt_attn_k_norm = RMSNorm(head, eps=NORM_EPS)
+        self.txt_attn_proj = nn.Linear(width, width)
+        self.txt_mlp = MLP(width, hidden, gelu_tanh)
+
+    def forward(self, img: Tensor, txt: Tensor, context: _Context) -> tuple[Tensor, Tensor]:
+        """img (B, L, D), txt (B, M, D) -> the same."""
+        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = self.img_mod(context.frame_vec)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt_mod(context.vec)
+
+        i_q, i_k, i_v = _heads(self.img_attn_qkv(_normed(img, i_shift1, i_scale1)), self.num_heads)
+        t_q, t_k, t_v = _heads(self.txt_attn_qkv(_normed(txt, t_shift1, t_scale1)), self.num_heads)
+        q = torch.cat([self.img_attn_q_norm(i_q), self.txt_attn_q_norm(t_q)], dim=1)
+        k = torch.cat([self.img_attn_k_norm(i_k), self.txt_attn_k_norm(t_k)], dim=1)
+        v = torch.cat([i_v, t_v], dim=1)
+        out = _attend(apply_rope(q, context.rope), apply_rope(k, context.rope), v, context.mask)
+        i_out, t_out = out.split([img.shape[1], txt.shape[1]], dim=1)
+
+        img = gated_add(img, i_gate1, self.img_attn_proj(i_out))
+        img = gated_add(img, i_gate2, self.img_mlp(_normed(img, i_shift2, i_scale2)))
+        txt = gated_add(txt, t_gate1, self.txt_attn_proj(t_out))
+        txt = gated_add(txt, t_gate2, self.txt_mlp(_normed(txt, t_shift2, t_scale2)))
+        return img, txt
+
+
+def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalised and modulated in float32, then back in the dtype of ``x``."""
+    return modulate(layer_norm(x, eps=NORM_EPS), shift, scale).to(x.dtype)
+
+
+class SingleBlock(nn.Module):
+    """One stream; attention and MLP run in parallel between two fused projections."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.hidden_size // config.num_heads
+        hidden = int(width * config.mlp_ratio)
+        self.num_heads = config.num_heads
+        self.split = [3 * width, hidden]
+        self.linear1 = nn.Linear(width, 3 * width + hidden)
+        self.linear2 = nn.Linear(width + hidden, width)
+        self.q_norm = RMSNorm(head, eps=NORM_EPS)
+        self.k_norm = RMSNorm(head, eps=NORM_EPS)
+        self.modulation = Modulation(width, 3)
+
+    def forward(self, x: Tensor, context: _Context) -> Tensor:
+        """x (B, L + M, D), video first -> the same."""
+        if context.frame_vec is context.vec:
+            shift, scale, gate = self.modulation(context.vec)
+            return gated_add(x, gate, self.update(_normed(x, shift, scale), context))
+        sizes = [context.num_video, x.shape[1] - context.num_video]
+        img, txt = x.split(sizes, dim=1)
+        i_shift, i_scale, i_gate = self.modulation(context.frame_vec)
+        t_shift, t_scale, t_gate = self.modulation(context.vec)
+        joint = torch.cat([_normed(img, i_shift, i_scale), _normed(txt, t_shift, t_scale)], dim=1)
+        i_out, t_out = self.update(joint, context).split(sizes, dim=1)
+        return torch.cat([gated_add(img, i_gate, i_out), gated_add(txt, t_gate, t_out)], dim=1)
+
+    def update(self, x: Tensor, context: _Context) -> Tensor:
+        qkv, mlp = self.linear1(x).split(self.split, dim=-1)
+        q, k, v = _heads(qkv, self.num_heads)
+        q = apply_rope(self.q_norm(q), context.rope)
+        k = apply_rope(self.k_norm(k), context.rope)
+        return self.linear2(torch.cat([_attend(q, k, v, context.mask), gelu_tanh(mlp)], dim=-1))
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches. One vector per sample here, also when frames have times of their own."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        pt, ph, pw = config.patch
+        self.linear = nn.Linear(config.hidden_size, pt * ph * pw * config.out_channels)
+        # Index 1 is the checkpoints' name; the SiLU at index 0 was applied to ``vec`` once for all blocks.
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        """x (B, L, D), vec (B, 1, D) after SiLU -> (B, L, prod(patch) * out_channels)."""
+        shift, scale = self.adaLN_modulation[1](vec).chunk(2, dim=-1)
+        return self.linear(_normed(x, shift, scale))
+
+
+class HunyuanVideoTransformer(nn.Module):
+    """Noisy latents, time and text in; the flow (noise minus data) out. See :meth:`forward`."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        width = config.hidden_size
+        self.img_in = PatchEmbed(config.in_channels, width, config.patch)
+        self.txt_in = TokenRefiner(config)
+        self.time_in = TimestepEmbedder(width)
+        self.vector_in = VectorEmbedder(config.pooled_width, width)
+        self.guidance_in = TimestepEmbedder(width) if config.guidance_embed else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
+        self.final_layer = FinalLayer(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the flow.
+
+        Args:
+            x: (B, in_channels, T, H, W) noisy latents, with the conditioning channels of a latent-concat network.
+            timestep: 0 (clean) to 1000 (noise), need not be whole numbers. (B,), or (B, T) with a time per latent
+                frame: frames at exactly 0 are given (they are also not told the guidance), and the text, its
+                refiner and the output layer hear the latest time of the sample. A token-replace network that is
+                given (B,) takes latent frame 0 as given.
+            context: (B, M, text_width) text states, real tokens first.
+            context_mask: (B, M) bool, true for real tokens; None when nothing is padded.
+            pooled: (B, pooled_width).
+            guidance: (B,) guidance scale for networks with ``guidance_embed``; others ignore it.
+
+        Returns:
+            (B, out_channels, T, H, W) in the network's dtype.
+
+        Raises:
+            SettingsError: a shape that does not fit, or guidance missing where it is needed.
+        """
+        self._check_inputs(x, timestep, context, pooled)
+        dtype = self.img_in.proj.weight.dtype
+        grid = self._grid(x)
+        times = self._frame_times(timestep, x.shape[2])
+        time = times.amax(dim=1)
+        mask = None if context_mask is None else context_mask.bool()
+
+        img = self.img_in(x.to(dtype))
+        txt = self.txt_in(context.to(dtype), time, mask)
+        vec, frame_vec = self._vectors(time, times, pooled.to(dtype), guidance)
+        block_context = _Context(
+            vec=vec,
+            frame_vec=frame_vec,
+            rope=rope_table(
+                grid, self.config.rope_axes, self.config.rope_theta, num_plain=txt.shape[1], device=x.device
+            ),
+            mask=None if mask is None else F.pad(mask, (img.shape[1], 0), value=True)[:, None, None, :],
+            num_video=img.shape[1],
+        )
+        for block in self.double_blocks:
+            img, txt = block(img, txt, block_context)
+        joint = torch.cat([img, txt], dim=1)
+        for block in self.single_blocks:
+            joint = block(joint, block_context)
+        out = self.final_layer(joint[:, : img.shape[1]], vec)
+        return unpatchify(out, grid, self.config.patch)
+
+    def _frame_times(self, timestep: Tensor, num_frames: int) -> Tensor:
+        """(B,) or (B, T) -> (B, 1) when all frames share a time, else (B, T)."""
+        if timestep.ndim == 2:
+            return timestep
+        times = timestep.unsqueeze(1)
+        if self.config.image_condition != "token_replace":
+            return times
+        return torch.cat([torch.zeros_like(times), times.expand(-1, num_frames - 1)], dim=1)
+
+    def _vectors(
+        self, time: Tensor, times: Tensor, pooled: Tensor, guidance: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """vec (B, 1, D) and frame_vec (B, F, D), both after SiLU; the same object when frames share a time."""
+        text = self.vector_in(pooled).unsqueeze(1)
+        told = self._guidance_vector(guidance, pooled.dtype)
+        vec = self.time_in(time.unsqueeze(1), pooled.dtype) + text
+        if told is not None:
+            vec = vec + told
+        vec = F.silu(vec)
+        if times.shape[1] == 1:
+            return vec, vec
+        frame_vec = self.time_in(times, pooled.dtype) + text
+        if told is not None:
+            frame_vec = frame_vec + told * (times > 0).unsqueeze(-1)
+        return vec, F.silu(frame_vec)
+
+    def _guidance_vector(self, guidance: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """(B,) -> (B, 1, D)."""
+        if self.guidance_in is None:
+            return None
+        if guidance is None:
+            raise SettingsError(
+                "This network must be told a guidance scale",
+                expected="guidance as a tensor with one number per sample",
+                do="give guidance (6.0 is usual), or load a checkpoint without guidance embedding",
+            )
+        # Rounded to the network's dtype before the factor: 6.0 is heard as 6016 in bfloat16, as it was in training.
+        return self.guidance_in(guidance.to(dtype).unsqueeze(1) * 1000, dtype)
+
+    def _grid(self, x: Tensor) -> tuple[int, int, int]:
+        """Tokens along (frames, rows, columns)."""
+        pt, ph, pw = self.config.patch
+        return x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw
+
+    def _check_inputs(self, x: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None) -> None:
+        config = self.config
+        if x.ndim != 5 or x.shape[1] != config.in_channels:
+            raise SettingsError(
+                "The latents do not fit this network",
+                given=f"shape {tuple(x.shape)}",
+                expected=f"(batch, {config.in_channels} channels, frames, height, width)",
+                do=_CHANNEL_ADVICE.get(config.image_condition, "check that VAE and network belong together"),
+            )
+        for name, size, step in zip(("frames", "height", "width"), x.shape[2:], config.patch, strict=True):
+            if size < 1 or size % step:
+                raise SettingsError(
+                    f"The latents' {name} cannot be cut into patches",
+                    given=size,
+                    expected=f"a positive multiple of {step}",
+                    do=f"use {max(step, -(-size // step) * step)}",
+                )
+        if timestep.ndim not in (1, 2) or (timestep.ndim == 2 and timestep.shape[1] != x.shape[2]):
+            raise SettingsError(
+                "The timesteps do not fit the latents",
+                given=f"shape {tuple(timestep.shape)}",
+                expected=f"({x.shape[0]},) or ({x.shape[0]}, {x.shape[2]}): one per sample or per latent frame",
+            )
+        if context.ndim != 3 or context.shape[2] != config.text_width:
+            raise SettingsError(
+                "The text states do not fit this network",
+                given=f"shape {tuple(context.shape)}",
+                expected=f"(batch, tokens, {config.text_width})",
+                do="load the text encoder that belongs to this checkpoint",
+            )
+        if pooled is None or pooled.ndim != 2 or pooled.shape[1] != config.pooled_width:
+            raise SettingsError(
+                "The pooled text vector does not fit this network",
+                given="none" if pooled is None else f"shape {tuple(pooled.shape)}",
+                expected=f"(batch, {config.pooled_width})",
+                do="load the text encoder that belongs to this checkpoint",
+            )
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start values for training from scratch.
+
+        Every modulation and the output layer start at zero, so each block begins as the identity and the first
+        prediction is 0 (adaLN-zero). Embedders of numbers and pooled text are normal with deviation 0.02, everything
+        else Xavier uniform, biases zero, norms one.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm | nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                if isinstance(module, nn.LayerNorm):
+                    nn.init.zeros_(module.bias)
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if any(part in name for part in ("_mod.", "modulation.", "adaLN_modulation", "final_layer")):
+                nn.init.zeros_(module.weight)
+            elif any(part in name for part in ("time_in", "vector_in", "guidance_in", "t_embedder", "c_embedder")):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+
+
+_CHANNEL_ADVICE = {
+    "latent_concat": "stack the noisy latents, the image's latents and the mask of given frames on the channels",
+    "token_replace": "give the noisy latents alone, with latent frame 0 replaced by the image's latents",
+}
+
+
+def _check_config(config: NetworkConfig) -> None:
+    head, rest = divmod(config.hidden_size, config.num_heads)
+    if rest or sum(config.rope_axes) != head or any(axis % 2 for axis in config.rope_axes):
+        raise SettingsError(
+            "The network's dimensions do not fit together",
+            given=f"hidden_size {config.hidden_size}, {config.num_heads} heads, rope_axes {config.rope_axes}",
+            expected="even rope_axes that add up to hidden_size / num_heads",
+        )

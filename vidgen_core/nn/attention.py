@@ -1,0 +1,44 @@
+"""Scaled dot-product attention, in one place: every network calls :func:`attention`."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with the usual 1/sqrt(d) scale.
+
+    Args:
+        q: (B, heads, L, d).
+        k: (B, heads, S, d).
+        v: (B, heads, S, d).
+        mask: bool, broadcastable to (B, heads, L, S), true where a query may look. None lets every query see every
+            key and keeps the fastest kernels available, so leave padding out instead of masking it where possible.
+
+    Returns:
+        (B, heads, L, d).
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def trim_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cut the padding that no sample of the batch needs; the network's output for the video stays the same.
+
+    Reads the mask's values (a synchronisation on a GPU), so call it once per prompt or batch, outside the network.
+
+    Args:
+        context: (B, L, D), real tokens first.
+        mask: (B, L) bool, true for real tokens.
+
+    Returns:
+        context (B, L', D) with L' the longest text of the batch (at least one token), and its mask, or None
+        when nothing is padded any more.
+    """
+    if mask is None:
+        return context, None
+    mask = mask.bool()
+    used = mask.any(dim=0).nonzero()
+    length = int(used[-1]) + 1 if len(used) else 1
+    mask = mask[:, :length]
+    return context[:, :length], None if bool(mask.all()) else mask

@@ -1,0 +1,61 @@
+"""Rotary position embedding over a grid of (frames, rows, columns).
+
+Pairs are interleaved: channels (0, 1), (2, 3), ... of a head are rotated together. Each axis owns a run of channels
+of its own. Source: RoFormer (Su et al. 2021), with the axes of HunyuanVideo's ``hyvideo/modules/posemb_layers.py``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def rope_table(
+    grid: tuple[int, int, int],
+    axes: tuple[int, int, int],
+    theta: float,
+    *,
+    num_plain: int = 0,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token's rotations; kept for the last few grids, never part of a state dict.
+
+    Args:
+        grid: tokens along (frames, rows, columns); positions count from 0 on each axis.
+        axes: head channels given to each axis, all even.
+        theta: base of the geometric ladder of frequencies, theta ** (-2 i / axis).
+        num_plain: tokens after the grid (text) that are not rotated: cosine 1, sine 0.
+        device: where the tables live.
+
+    Returns:
+        Two float32 tensors (L, 1, sum(axes)) with L = prod(grid) + num_plain, ready to broadcast over heads: the
+        cosines, and the sines with the sign of the even channels flipped (see :func:`apply_rope`).
+    """
+    # A table first made while sampling must also serve training, which inference tensors cannot.
+    with torch.inference_mode(False), torch.no_grad():
+        angles = []
+        for axis, (size, channels) in enumerate(zip(grid, axes, strict=True)):
+            ladder = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
+            frequencies = 1.0 / theta**ladder
+            positions = torch.arange(size, device=device, dtype=torch.float32)
+            shape = [1, 1, 1, len(frequencies)]
+            shape[axis] = size
+            angles.append(torch.outer(positions, frequencies).view(shape).expand(*grid, -1))
+        angle = torch.cat(angles, dim=-1).flatten(0, 2)
+        angle = torch.cat([angle, angle.new_zeros(num_plain, angle.shape[1])])
+        cos = angle.cos().repeat_interleave(2, dim=1)
+        sin = angle.sin()
+        sin = torch.stack([-sin, sin], dim=-1).flatten(1)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the channel pairs of ``x`` (B, L, heads, d); float32 inside, the dtype of ``x`` outside."""
+    cos, sin = table
+    wide = x.float()
+    # (a, b) -> (a cos - b sin, b cos + a sin): the sign lives in the table, so swapping each pair is all that is left.
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
