@@ -1,0 +1,183 @@
+"""The families of models: one frozen record of functions each, found by what is inside a checkpoint.
+
+A family is a folder here that builds one :class:`Family` called ``FAMILY``; :data:`FAMILIES` names the folders
+and loads them when first needed. docs/FAMILIES.md says how to add one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import CheckpointError
+from ..types import Defaults
+from ..weights.config import config_from_json, unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..codec import Codec
+    from ..diffusion import Diffusion
+    from ..types import Conditioning, VideoShape
+    from ..weights.header import Header
+
+Config = Any
+"""one of a family's frozen dataclasses"""
+Shapes = Mapping[str, tuple[int, ...]]
+
+TITLES = {"network": "diffusion network", "codec": "VAE", "text": "text encoders"}
+"""what each part is called in messages"""
+
+
+class TextEncoder(Protocol):
+    """Prompts to a family's features (any dataclass of tensors that its ``condition`` understands)."""
+
+    def encode(self, prompts: Sequence[str], *, image_mode: bool = False) -> Any: ...
+
+
+class Layout(Protocol):
+    """A foreign naming of the same weights; ``weights.keymap.KeyMap`` is one."""
+
+    def to_native(self, foreign: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """How one part (network, codec or text) comes from its config and header."""
+
+    config: type
+    """its frozen dataclass, as written into the metadata"""
+    build: Callable[[Config, Mapping[str, str]], nn.Module]
+    """(config, metadata of the file) -> module; called on the meta device"""
+    recognise: Callable[[Shapes], Config | None]
+    """config from native names and shapes, for files without our metadata; None when it is something else"""
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    """foreign namings that can be translated to the native one"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Everything the rest of the core needs to know about a family."""
+
+    name: str
+    title: str
+    parts: Mapping[str, Part]
+    """"network", "codec", "text" """
+    diffusion: Callable[[Config], Diffusion]
+    """network config -> its noise process"""
+    codec: Callable[[nn.Module, Config], Codec]
+    """(VAE, its config) -> video <-> latents"""
+    network_inputs: Callable[[Config, Tensor, Tensor, Conditioning], dict[str, Any]]
+    """(network config, scaled noisy latents, clock, conditioning) -> arguments of the network's forward"""
+    condition: Callable[[Config, Any, float | None], Conditioning]
+    """(network config, text features, embedded guidance) -> conditioning"""
+    patch: Callable[[Config], tuple[int, int, int]]
+    """latent frames, rows, columns per token"""
+    latent_channels: Callable[[Config], int]
+    """channels of the latents the network denoises (its input may have more)"""
+    fits_text: Callable[[Config, Config], str | None]
+    """(network config, text config) -> why they do not belong together, or None"""
+    blocks: tuple[str, ...]
+    """module lists in the order they run, for streaming"""
+    keep_fp32: tuple[str, ...]
+    """module paths that stay in float32 whatever the storage dtype is"""
+    lora_targets: tuple[str, ...]
+    activation_bytes: Callable[[Config, VideoShape], int]
+    """peak bytes of one forward of one sample in a 2-byte dtype"""
+    defaults: Defaults
+
+
+class _Lazy(Mapping[str, Family]):
+    """name -> Family, imported at the first look: starting the pack must not build every family."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in self._names:
+            raise KeyError(name)
+        return importlib.import_module(f".{name}", __name__).FAMILY
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+FAMILIES: Mapping[str, Family] = _Lazy(("hunyuan",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a checkpoint file is."""
+
+    family: Family
+    part: str
+    config: Config
+    layout: str
+    """``"native"`` or a key of ``Part.layouts``"""
+
+    @property
+    def title(self) -> str:
+        return f"{self.family.title} {TITLES.get(self.part, self.part)}"
+
+
+def identify(header: Header) -> Found:
+    """Say what a checkpoint is from its metadata, else from its names and shapes; never from its file name.
+
+    Raises:
+        CheckpointError: the metadata names an unknown family or option, or nothing here knows these tensors.
+    """
+    if "vidgen.family" in header.metadata:
+        return _from_metadata(header)
+    for family in FAMILIES.values():
+        for name, part in family.parts.items():
+            found = _recognise(part, header)
+            if found is not None:
+                config, layout = found
+                return Found(family=family, part=name, config=config, layout=layout)
+    some = ", ".join(list(header.tensors)[:3]) or "no tensors at all"
+    raise CheckpointError(
+        "This checkpoint is not of a family that is supported",
+        given=f"{header.path} with {len(header.tensors)} tensors ({some}, ...)",
+        expected="a network, VAE or text encoder of " + ", ".join(f.title for f in FAMILIES.values()),
+        do="pick another file; LoRA and ControlNet files are not checkpoints",
+    )
+
+
+def _from_metadata(header: Header) -> Found:
+    name = header.metadata["vidgen.family"]
+    if name not in FAMILIES:
+        raise unknown_name("model family", name, list(FAMILIES), where=str(header.path))
+    family = FAMILIES[name]
+    part = header.metadata.get("vidgen.part", "")
+    if part not in family.parts:
+        raise unknown_name("part of a model", part, list(family.parts), where=str(header.path))
+    if "vidgen.config" not in header.metadata:
+        raise CheckpointError("The metadata has no vidgen.config", given=header.path, do="export the checkpoint again")
+    config = config_from_json(family.parts[part].config, header.metadata["vidgen.config"], where=str(header.path))
+    return Found(family=family, part=part, config=config, layout="native")
+
+
+def _recognise(part: Part, header: Header) -> tuple[Config, str] | None:
+    config = part.recognise(header.shapes)
+    if config is not None:
+        return config, "native"
+    for name, layout in part.layouts.items():
+        native = _native_shapes(layout, header)
+        config = None if native is None else part.recognise(native)
+        if config is not None:
+            return config, name
+    return None
+
+
+def _native_shapes(layout: Layout, header: Header) -> Shapes | None:
+    """The shapes after translation, worked out on meta tensors; None when the layout does not fit."""
+    try:
+        native = layout.to_native(header.meta_tensors())
+    except CheckpointError:
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in native.items()}

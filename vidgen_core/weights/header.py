@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError, FileError
 
@@ -84,6 +85,10 @@ class Header:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
+
+    def meta_tensors(self) -> dict[str, Tensor]:
+        """Tensors without data, to try a translation of names on."""
+        return {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in self.tensors.items()}
 
     @property
     def num_parameters(self) -> int:

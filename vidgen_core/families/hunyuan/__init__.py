@@ -1,0 +1,116 @@
+"""HunyuanVideo (Tencent, 2024): a flow-matching transformer over a causal VAE, told by LLaMA and CLIP.
+
+Source: https://github.com/Tencent-Hunyuan/HunyuanVideo and arXiv:2412.03603.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...codec import Codec
+from ...diffusion import Diffusion, flow_matching
+from ...nn.attention import trim_padding
+from ...text.tokenizer import tokenizers_from_metadata
+from ...types import Conditioning, VideoShape
+from .. import Family, Part
+from .codec import HunyuanCodec
+from .config import DEFAULTS, CodecConfig, NetworkConfig, TextConfig
+from .network import HunyuanVideoTransformer
+from .recognise import codec_config, network_config, text_config
+from .text import TextFeatures, TextStack
+from .vae import CausalVAE
+
+
+def _build_network(config: NetworkConfig, metadata: Mapping[str, str]) -> nn.Module:
+    return HunyuanVideoTransformer(config)
+
+
+def _build_vae(config: CodecConfig, metadata: Mapping[str, str]) -> nn.Module:
+    return CausalVAE(config)
+
+
+def _build_text(config: TextConfig, metadata: Mapping[str, str]) -> nn.Module:
+    tokenizers = tokenizers_from_metadata(metadata)
+    return TextStack(config, *(tokenizers or (None, None)))
+
+
+def _diffusion(config: NetworkConfig) -> Diffusion:
+    return flow_matching()
+
+
+def _codec(vae: nn.Module, config: CodecConfig) -> Codec:
+    assert isinstance(vae, CausalVAE)
+    return HunyuanCodec(vae, config)
+
+
+def _per_sample(clock: Tensor, x: Tensor) -> Tensor:
+    """The clock as the network wants it: (B,), or (B, T) where frames have times of their own."""
+    if clock.ndim == 5:
+        return clock.expand(x.shape[0], 1, x.shape[2], 1, 1).reshape(x.shape[0], x.shape[2])
+    return clock.expand(x.shape[0])
+
+
+def _network_inputs(config: NetworkConfig, x: Tensor, clock: Tensor, cond: Conditioning) -> dict[str, Any]:
+    if cond.concat is not None:
+        x = torch.cat([x, cond.concat.to(x.dtype)], dim=1)
+    return {
+        "x": x,
+        "timestep": _per_sample(clock, x),
+        "context": cond.context,
+        "context_mask": cond.context_mask,
+        "pooled": cond.pooled,
+        "guidance": cond.scalars.get("guidance") if config.guidance_embed else None,
+    }
+
+
+def _condition(config: NetworkConfig, features: TextFeatures, guidance: float | None) -> Conditioning:
+    """Only as many tokens as are real go on: the network's cost grows with every padded one."""
+    context, mask = trim_padding(features.context, features.context_mask)
+    scalars = {}
+    if config.guidance_embed:
+        value = DEFAULTS.guidance if guidance is None else guidance
+        scalars["guidance"] = torch.full((len(context),), value, dtype=torch.float32, device=context.device)
+    return Conditioning(context=context, context_mask=mask, pooled=features.pooled, scalars=scalars)
+
+
+def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
+    given = text.llama.hidden_size, text.clip.hidden_size
+    wanted = network.text_width, network.pooled_width
+    if given == wanted:
+        return None
+    return f"text encoders {given[0]} and {given[1]} wide, where the network reads {wanted[0]} and {wanted[1]}"
+
+
+def _activation_bytes(config: NetworkConfig, shape: VideoShape) -> int:
+    """Residual stream, q, k, v, attention output, the MLP's inner layer and two temporaries of each token."""
+    frames = (shape.num_frames - 1) // 4 + 1
+    tokens = frames * shape.height_px * shape.width_px // (64 * config.patch[0] * config.patch[1] * config.patch[2])
+    width = config.hidden_size * (1 + 3 + 1 + 2 + 2 * config.mlp_ratio)
+    return int(2 * (tokens + 256) * width)
+
+
+FAMILY = Family(
+    name="hunyuan",
+    title="HunyuanVideo",
+    parts={
+        "network": Part(config=NetworkConfig, build=_build_network, recognise=network_config),
+        "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config),
+        "text": Part(config=TextConfig, build=_build_text, recognise=text_config),
+    },
+    diffusion=_diffusion,
+    codec=_codec,
+    network_inputs=_network_inputs,
+    condition=_condition,
+    patch=lambda config: config.patch,
+    latent_channels=lambda config: config.out_channels,
+    fits_text=_fits_text,
+    blocks=("double_blocks", "single_blocks"),
+    keep_fp32=("time_in", "vector_in", "guidance_in", "final_layer"),
+    lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
+    activation_bytes=_activation_bytes,
+    defaults=DEFAULTS,
+)
