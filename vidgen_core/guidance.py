@@ -1,0 +1,205 @@
+"""Functions over ``Denoise = (x_t, t) -> x0``: what is asked of the network, and what is made of its answers.
+
+Each takes a Denoise and gives a Denoise, so they nest: ``hold(cfg(cond, uncond, 6.0), held)``. None of them
+knows a model or a sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .diffusion import Diffusion, fit
+from .errors import SettingsError
+from .timesteps import unknown_name
+from .types import Denoise, Held
+
+Scale = float | Tensor
+"""a guidance scale; a tensor broadcasts against the latents, e.g. (1, 1, T, 1, 1) for one scale per frame"""
+ScaleAt = Callable[[float], Scale]
+"""t in [0, 1] -> the guidance scale at that time"""
+
+
+def cfg(
+    cond: Denoise,
+    uncond: Denoise,
+    scale: Scale | ScaleAt,
+    *,
+    rescale: float = 0.0,
+    diffusion: Diffusion | None = None,
+) -> Denoise:
+    """Classifier-free guidance, ``uncond + scale (cond - uncond)`` (Ho & Salimans 2022).
+
+    ``uncond`` is not run at times where the scale is 1. Guiding x0 or the network's output is the same thing,
+    since one is a line in the other with the same x_t.
+
+    Args:
+        scale: a number, a tensor, or a function of t (see :data:`CFG_SCHEDULES`).
+        rescale: in [0, 1], how far :func:`rescale_guidance` is applied.
+        diffusion: rescale what the network predicts, as Lin et al. and diffusers do, in place of x0.
+    """
+    if not 0 <= rescale <= 1:
+        raise SettingsError(
+            "The guidance rescale cannot be used", given=rescale, expected="a number from 0 to 1", do="use 0 for none"
+        )
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        now = scale(float(t.max())) if callable(scale) else scale
+        positive = cond(x, t)
+        if not isinstance(now, Tensor) and now == 1.0:
+            return positive
+        negative = uncond(x, t)
+        factor = now.to(positive) if isinstance(now, Tensor) else now
+        x0 = negative + factor * (positive - negative)
+        if rescale == 0.0:
+            return x0
+        if diffusion is None:
+            return rescale_guidance(x0, positive, rescale)
+        outputs = (diffusion.target(value, x, t) for value in (x0, positive))
+        return diffusion.to_x0(x, rescale_guidance(*outputs, rescale), t)
+
+    return guided
+
+
+def rescale_guidance(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
+    """Give each guided sample the spread of the conditional one, mixed in by ``amount``
+    (Lin et al. 2024, equations 15 and 16). Both (B, ...)."""
+    dims = tuple(range(1, guided.ndim))
+    ratio = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    return guided * (amount * ratio + (1 - amount))
+
+
+def dynamic_thresholding(denoise: Denoise, *, percentile: float = 0.995, limit: float = 1.0) -> Denoise:
+    """Clip x0 at a percentile s of its magnitude, when that is above ``limit``, and scale back by limit / s
+    (Saharia et al. 2022, section 2.3). Meant for pixels in [-limit, limit]; latents have no such bound.
+
+    Raises:
+        SettingsError: percentile outside (0, 1] or limit not above 0.
+    """
+    if not 0 < percentile <= 1 or limit <= 0:
+        raise SettingsError(
+            "The dynamic threshold cannot be used",
+            given=f"percentile {percentile}, limit {limit}",
+            expected="a percentile above 0 and at most 1, a limit above 0",
+            do="use 0.995 and 1",
+        )
+
+    def thresholded(x: Tensor, t: Tensor) -> Tensor:
+        x0 = denoise(x, t)
+        bound = _quantile(x0.abs().flatten(1), percentile).clamp(min=limit)
+        bound = bound.reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+        return x0.clamp(-bound, bound) * (limit / bound)
+
+    return thresholded
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """(B, N) -> (B,) with linear interpolation; ``torch.quantile`` refuses more than 2**24 values."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    position = q * (values.shape[1] - 1)
+    low = math.floor(position)
+    at_low = values.kthvalue(low + 1, dim=1).values
+    if low == position:
+        return at_low
+    at_high = values.kthvalue(low + 2, dim=1).values
+    return torch.lerp(at_low, at_high, position - low)
+
+
+def hold(denoise: Denoise, held: Held) -> Denoise:
+    """Token replacement: the held frames go in clean with t = 0 of their own and come out unchanged.
+
+    The inner ``denoise`` is given t as (B, 1, T, 1, 1).
+    """
+
+    def held_denoise(x: Tensor, t: Tensor) -> Tensor:
+        mask = held.mask.to(x.device)
+        clean = held.latents.to(x)
+        t_frames = torch.where(mask, 0.0, fit(t, x))
+        if t_frames.dtype != torch.float64:
+            t_frames = t_frames.float()
+        return torch.where(mask, clean, denoise(torch.where(mask, clean, x), t_frames))
+
+    return held_denoise
+
+
+# --- guidance that changes along the run: functions of t ---------------------------------------------------
+
+
+def constant(scale: float) -> ScaleAt:
+    """The same scale at all times."""
+    return lambda t: scale
+
+
+def interval(scale: float, *, start: float = 1.0, end: float = 0.0) -> ScaleAt:
+    """``scale`` for start >= t >= end and 1 (no guidance, no second run) elsewhere (Kynkäänniemi et al. 2024)."""
+    return lambda t: scale if end <= t <= start else 1.0
+
+
+def linear(scale: float, *, start: float = 1.0, end: float = 0.0) -> ScaleAt:
+    """From 1 at t = start to ``scale`` at t = end along a line, constant outside."""
+    return lambda t: 1.0 + (scale - 1.0) * _progress(t, start, end)
+
+
+def cosine(scale: float, *, start: float = 1.0, end: float = 0.0) -> ScaleAt:
+    """As :func:`linear` along half a cosine: slow at both ends."""
+    return lambda t: 1.0 + (scale - 1.0) * (1 - math.cos(math.pi * _progress(t, start, end))) / 2
+
+
+def _progress(t: float, start: float, end: float) -> float:
+    """0 at t = start, 1 at t = end < start."""
+    return min(1.0, max(0.0, (start - t) / (start - end)))
+
+
+CFG_SCHEDULES: dict[str, Callable[..., ScaleAt]] = {
+    "constant": lambda scale, *, start=1.0, end=0.0: constant(scale),
+    "interval": interval,
+    "linear": linear,
+    "cosine": cosine,
+}
+
+
+def cfg_schedule(name: str, scale: float, *, start: float = 1.0, end: float = 0.0) -> ScaleAt:
+    """A guidance schedule by name; ``start`` > ``end`` are the times between which it acts.
+
+    Raises:
+        SettingsError: unknown name, a scale that is not a finite number, or 1 >= start > end >= 0 broken.
+    """
+    if name not in CFG_SCHEDULES:
+        raise unknown_name("guidance schedule", name, CFG_SCHEDULES)
+    if not math.isfinite(scale):
+        raise SettingsError(
+            "The guidance scale cannot be used", given=scale, expected="a finite number", do="use 1 for none"
+        )
+    if not 1 >= start > end >= 0:
+        raise SettingsError(
+            "The times of the guidance schedule cannot be used",
+            given=f"start {start}, end {end}",
+            expected="1 >= start > end >= 0 (1 is noise, 0 is clean)",
+            do="use start 1 and end 0 for the whole run",
+        )
+    return CFG_SCHEDULES[name](scale, start=start, end=end)
+
+
+def power_cosine(scale: float, num_steps: int, *, num_timesteps: int = 1000, power: float = 5.0) -> ScaleAt:
+    """CogVideoX's dynamic guidance ``1 + scale (1 - cos(pi ((N - i) / N)**power)) / 2`` with N the number of steps
+    and i the entry of the noise table (not the step): the published code mixes the two, and images depend on it."""
+
+    def at(t: float) -> float:
+        entry = round(num_timesteps * t) - 1
+        return 1 + scale * (1 - math.cos(math.pi * ((num_steps - entry) / num_steps) ** power)) / 2
+
+    return at
+
+
+def per_frame(first: float, last: float, num_frames: int) -> Tensor:
+    """(1, 1, T, 1, 1) scales rising in a line along the clip (SVD: 1 to 2.5 or 3)."""
+    return torch.linspace(first, last, num_frames).reshape(1, 1, -1, 1, 1)
+
+
+def per_frame_triangle(ends: float, middle: float, num_frames: int) -> Tensor:
+    """(1, 1, T, 1, 1) scales from ``ends`` up to ``middle`` and back, for orbits that close (SV3D)."""
+    ramp = 1 - torch.linspace(-1, 1, num_frames).abs()
+    return (ends + (middle - ends) * ramp).reshape(1, 1, -1, 1, 1)
