@@ -8,6 +8,7 @@ dropped onto the canvas: https://developer.apple.com/documentation/quicktime-fil
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -24,22 +25,24 @@ import torch
 from torch import Tensor
 
 from .errors import FileError, MissingLibraryError, SettingsError
+from .weights.save import atomic_path, write_error
 
 if TYPE_CHECKING:
     import numpy as np
 
 # RGB is turned into BT.709 and tagged so: without the tag a player guesses from the size and shifts the colours.
 _TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+full_chroma_inp"
-_TAGS = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
-_H264 = ["-vf", _TO_YUV, "-pix_fmt", "yuv420p", "-c:v", "libx264", "-preset", "medium", *_TAGS]
-_MP4 = [*_H264, "-crf", "{crf}", "-movflags", "use_metadata_tags+faststart", "-f", "mp4"]
-_WEBM = ["-vf", _TO_YUV, "-pix_fmt", "yuv420p", "-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "{crf}", *_TAGS, "-f", "webm"]
-_GIF = ["-vf", "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=sierra2_4a", "-f", "gif"]
-_WEBP = ["-c:v", "libwebp", "-lossless", "1", "-loop", "0", "-f", "webp"]
-FORMATS: Mapping[str, list[str]] = {".mp4": _MP4, ".m4v": _MP4, ".mov": _MP4, ".webm": _WEBM, ".gif": _GIF, ".webp": _WEBP}
+_TAGS = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv"
+_YUV = f"-vf {_TO_YUV} -pix_fmt yuv420p -crf {{crf}} {_TAGS}"
+_MP4 = f"{_YUV} -c:v libx264 -preset medium -movflags use_metadata_tags+faststart -f mp4"
+_WEBM = f"{_YUV} -c:v libvpx-vp9 -b:v 0 -f webm"
+_GIF = "-vf split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=sierra2_4a -f gif"
+_WEBP = "-c:v libwebp -lossless 1 -loop 0 -f webp"
+FORMATS = {".mp4": _MP4, ".m4v": _MP4, ".mov": _MP4, ".webm": _WEBM, ".gif": _GIF, ".webp": _WEBP}
 """File ending -> ffmpeg's output options. The mp4 group and webm carry metadata, gif and webp do not."""
 
 _NUM_ERRNO = 40  # the file-related ones are all below
+_SIGXFSZ = getattr(signal, "SIGXFSZ", 0)  # a file grew past the limit of the process (ulimit -f)
 _EVEN_SIDES = (".mp4", ".m4v", ".mov", ".webm")  # 4:2:0 chroma covers 2x2 px
 
 
@@ -56,7 +59,9 @@ def images_to_video(images: Tensor) -> Tensor:
     """ComfyUI's IMAGE (T, H, W, 3 or more) in [0, 1] -> (1, 3, T, H, W) in [-1, 1]; an alpha channel is dropped."""
     if images.ndim != 4 or images.shape[-1] < 3:
         raise SettingsError(
-            "The images cannot be used as a video", given=f"shape {tuple(images.shape)}", expected="(frames, height, width, 3)"
+            "The images cannot be used as a video",
+            given=f"shape {tuple(images.shape)}",
+            expected="(frames, height, width, 3)",
         )
     return images[..., :3].permute(3, 0, 1, 2).unsqueeze(0).mul(2.0).sub(1.0)
 
@@ -80,7 +85,7 @@ def write_video(
 ) -> Path:
     """Stream ``frames`` (H, W, 3) uint8 to ``path``; the ending chooses the format (see :data:`FORMATS`).
 
-    The file appears under its name only when it is complete: it is written in a hidden folder beside it,
+    The file appears under its name only when it is complete: it is written under a hidden name beside it,
     read back, and renamed. Odd sides are padded by one px (a copy of the edge) where the format needs even ones.
 
     Args:
@@ -92,20 +97,14 @@ def write_video(
         FileError: the folder is missing or closed to us, the disk is full, or ffmpeg failed.
         SettingsError: no frames, frames of unequal size, an unknown ending, or fps not above 0.
     """
-    path = Path(path)
-    check_writable(path)
+    path = check_writable(path)
     if not fps > 0:
         raise SettingsError("The frame rate cannot be used", given=f"{fps} fps", expected="more than 0")
     first, frames = _peek(frames)
     tags = dict(metadata or {})
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".vidgen-", ignore_cleanup_errors=True) as folder:
-            unfinished = Path(folder) / f"video{path.suffix.lower()}"
-            _encode(unfinished, first, frames, fps=fps, tags=tags, crf=crf)
-            _verify(unfinished, tags)
-            os.replace(unfinished, path)
-    except OSError as error:
-        raise _cannot_write(path, error.strerror or str(error)) from error
+    with atomic_path(path) as unfinished:
+        _encode(unfinished, first, frames, fps=fps, tags=tags, crf=crf)
+        _verify(unfinished, tags)
     return path
 
 
@@ -128,14 +127,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise _cannot_write(path, error.strerror or str(error)) from error
+        raise write_error(path, error) from error
     return path
-
-
-def _cannot_write(path: Path, reason: str) -> FileError:
-    full = any(word in reason.lower() for word in ("no space", "quota", "file too large", "sigxfsz"))
-    todo = "free some space, or write to another disk" if full else "choose a folder that you may write to"
-    return FileError(f"The video cannot be written: {reason.strip()}", given=path, expected="a writable place", do=todo)
 
 
 def _peek(frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
@@ -153,24 +146,26 @@ def _encode(
     """Run ffmpeg over the frames; whatever happens, no ffmpeg is left running."""
     suffix = path.suffix.lower()
     height, width = _padded_size(first.shape, suffix)
-    tag_file = path.with_name("tags.txt")
-    # A file and not the command line: Windows allows 32 kB of arguments, Linux 128 kB in one, and a graph can be larger.
-    tag_file.write_text(_ffmetadata(tags), encoding="utf-8")
     command = [_ffmpeg(), "-y", "-hide_banner", "-loglevel", "error"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", repr(float(fps)), "-i", "pipe:0"]
-    command += ["-f", "ffmetadata", "-i", str(tag_file), "-map", "0:v", "-map_metadata", "1"]
-    command += [option.format(crf=crf) for option in FORMATS[suffix]] + [str(path)]
-    with tempfile.TemporaryFile() as errors, _Child(command, stdin=subprocess.PIPE, stderr=errors) as ffmpeg:
-        assert ffmpeg.stdin is not None
-        # A broken pipe means that ffmpeg gave up: its own words, read below, say why.
-        with suppress(BrokenPipeError):
-            for frame in frames:
-                ffmpeg.stdin.write(_frame_bytes(frame, first.shape, (height, width)))
-        with suppress(BrokenPipeError):
-            ffmpeg.stdin.close()
-        code = ffmpeg.wait()
+    command += f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {float(fps)!r} -i pipe:0".split()
+    command += ["-f", "ffmetadata", "-i", "{tags}", "-map", "0:v", "-map_metadata", "1"]
+    command += [*FORMATS[suffix].format(crf=crf).split(), str(path)]
+    with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "errors.txt").open("w+b") as errors:
+        # A file and not the command line: Windows allows 32 kB of arguments, and a graph can be larger.
+        tag_file = Path(scratch) / "tags.txt"
+        tag_file.write_text(_ffmetadata(tags), encoding="utf-8")
+        command[command.index("{tags}")] = str(tag_file)
+        with _Child(command, stdin=subprocess.PIPE, stderr=errors) as ffmpeg:
+            assert ffmpeg.stdin is not None
+            # A broken pipe means that ffmpeg gave up: its own words, read below, say why.
+            with suppress(BrokenPipeError):
+                for frame in frames:
+                    ffmpeg.stdin.write(_frame_bytes(frame, first.shape, (height, width)))
+            with suppress(BrokenPipeError):
+                ffmpeg.stdin.close()
+            code = ffmpeg.wait()
         if code != 0:
-            raise OSError(_last_words(errors, code))
+            raise _failure(path, errors, code)
 
 
 class _Child(subprocess.Popen[bytes]):
@@ -214,25 +209,29 @@ def _ffmetadata(tags: Mapping[str, str]) -> str:
     return ";FFMETADATA1\n" + "".join(f"{escape(key)}={escape(value)}\n" for key, value in tags.items())
 
 
-def _last_words(errors: IO[bytes], code: int) -> str:
-    if code < 0:
-        return f"ffmpeg was stopped by {signal.Signals(-code).name}"
+def _failure(path: Path, errors: IO[bytes], code: int) -> Exception:
+    """What to raise for ffmpeg's exit code; OSError where the file system said no."""
+    if code == -_SIGXFSZ:
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if code > 255 - _NUM_ERRNO:  # ffmpeg exits with minus the errno, of which 8 bits remain
-        return os.strerror(256 - code)
+        return OSError(256 - code, os.strerror(256 - code))
     errors.seek(0)
     lines = [line.strip() for line in errors.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1] if lines else f"ffmpeg failed with code {code}"
+    why = lines[-1] if lines else f"exit code {code}"
+    return FileError(f"ffmpeg failed: {why}", given=path, do="see `vidgen doctor`, or try another format")
 
 
 def _verify(path: Path, tags: Mapping[str, str]) -> None:
     """A file that lost its workflow on the way, or its end, must not replace a good one."""
     if path.stat().st_size == 0:
-        raise OSError("ffmpeg wrote an empty file")
+        raise FileError("ffmpeg wrote an empty file", given=path, do="try another format or folder")
     if FORMATS[path.suffix] is _MP4:
         found = read_metadata(path)
         lost = [key for key, value in tags.items() if found.get(key) != value]
         if lost:
-            raise OSError(f"the metadata {', '.join(lost)} did not reach the file")
+            raise FileError(
+                f"The metadata {', '.join(lost)} did not reach the video", given=path, do="see `vidgen doctor`"
+            )
 
 
 def _ffmpeg() -> str:
@@ -276,7 +275,9 @@ def read_video(
         stop = None if num_frames is None else start + num_frames
         raw = list(itertools.islice(reader, start, stop))
     except (OSError, RuntimeError, StopIteration) as error:
-        raise FileError("The file holds no video that ffmpeg can read", given=path, expected="mp4, webm, mov, gif, ...") from error
+        raise FileError(
+            "The file holds no video that ffmpeg can read", given=path, expected="mp4, webm, mov, gif, ..."
+        ) from error
     finally:
         reader.close()
     if not raw:
