@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify
+from .preview import METADATA_KEY as PREVIEW_KEY
+from .preview import LatentRGB
 from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
@@ -30,6 +33,8 @@ class VideoModel:
     defaults: Defaults
     fingerprint: str = ""
     """of the checkpoint; a saved run is only taken up again with the same one"""
+    preview: LatentRGB | None = None
+    """how to show unfinished latents, if the checkpoint says so"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -72,16 +77,27 @@ def denoiser(model: VideoModel, cond: Conditioning) -> Denoise:
     return denoise
 
 
-def denoiser_pair(model: VideoModel, cond: Conditioning, uncond: Conditioning) -> tuple[Denoise, Denoise]:
+def denoiser_pair(
+    model: VideoModel,
+    cond: Conditioning,
+    uncond: Conditioning,
+    *,
+    both_at: Callable[[float], bool] = lambda t: True,
+) -> tuple[Denoise, Denoise]:
     """Two denoisers that share one forward of twice the batch, as guidance asks both for the same (x_t, t).
 
     The second one answers from the first one's forward; asked alone it computes alone.
+
+    Args:
+        both_at: false at times where only the first one will be asked, e.g. where the guidance scale is 1.
     """
     joint: list[Conditioning] = []
     held: list[Tensor] = []  # x_t, t and the unconditional x0 of the last forward
-    alone = denoiser(model, uncond)
+    first_alone, second_alone = denoiser(model, cond), denoiser(model, uncond)
 
     def conditional(x_t: Tensor, t: Tensor) -> Tensor:
+        if not both_at(float(t.max())):
+            return first_alone(x_t, t)
         batch = x_t.shape[0]
         if not joint:
             joint.append(join(cond.expand(batch), uncond.expand(batch)))
@@ -93,7 +109,7 @@ def denoiser_pair(model: VideoModel, cond: Conditioning, uncond: Conditioning) -
     def unconditional(x_t: Tensor, t: Tensor) -> Tensor:
         if held and held[0] is x_t and held[1] is t:
             return held[2]
-        return alone(x_t, t)
+        return second_alone(x_t, t)
 
     return conditional, unconditional
 
@@ -186,7 +202,9 @@ def choose_dtype(header: Header, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if dtypes & {torch.float8_e4m3fn, torch.float8_e5m2} else None
 
 
-def load_network(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> VideoModel:
+def load_network(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> VideoModel:
     """The diffusion network of a checkpoint, with the defaults it carries or its family's."""
     header, found = open_part(path, "network")
     return network_of(header, found, dtype=dtype, device=device)
@@ -196,6 +214,7 @@ def network_of(
     header: Header, found: Found, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> VideoModel:
     """:func:`load_network` of a checkpoint that is identified already."""
+    preview = header.metadata.get(PREVIEW_KEY)
     return VideoModel(
         family=found.family,
         config=found.config,
@@ -203,6 +222,7 @@ def network_of(
         diffusion=found.family.diffusion(found.config),
         defaults=defaults_of(header, found),
         fingerprint=header.digest,
+        preview=None if preview is None else LatentRGB.from_json(preview),
     )
 
 
@@ -232,7 +252,11 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
     Keys: path, family, part, title, layout, num_parameters, num_tensors, num_bytes, dtypes, fingerprint, config
     (a dict), defaults (a dict, networks only) and metadata (without the long tokenizer texts).
     """
-    header = read_header(path)
+    return inspect_header(read_header(path))
+
+
+def inspect_header(header: Header) -> dict[str, Any]:
+    """:func:`inspect_file` of a header that was read already."""
     found = identify(header)
     dtypes: dict[str, int] = {}
     for info in header.tensors.values():

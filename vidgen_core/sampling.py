@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from .diffusion import Diffusion
-from .errors import CheckpointError, FileError, NumericsError, SettingsError
+from .errors import CheckpointError, FileError, NumericsError, SettingsError, unknown_name
 from .noise import NoiseStream
-from .timesteps import unknown_name
 from .types import Denoise
 
 STATE_FORMAT = "1"
@@ -48,6 +47,8 @@ class SamplerState:
     """where the noise stream stands"""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """what a multistep method remembers of earlier steps"""
+    run: str = ""
+    """what the caller wrote down about the run (prompt, checkpoint, ...), to know it again"""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all. Raises :class:`FileError`."""
@@ -60,6 +61,7 @@ class SamplerState:
             tensors["noise"] = self.noise
         numbers = {"sampler": self.sampler, "step": self.step, "eta": self.eta, "seeds": list(self.seeds)}
         metadata = {"vidgen.part": "sampler_state", "vidgen.format": STATE_FORMAT, "vidgen.state": json.dumps(numbers)}
+        metadata["vidgen.run"] = self.run
         # Clones: two names may share memory (x and the remembered x), which the format refuses.
         whole = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         _write_whole(Path(path), save(whole, metadata))
@@ -95,6 +97,7 @@ class SamplerState:
             ts=tensors["ts"],
             noise=tensors.get("noise"),
             memory={key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)},
+            run=metadata.get("vidgen.run", ""),
         )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..codec import Codec
     from ..diffusion import Diffusion
-    from ..types import Conditioning, VideoShape
+    from ..types import Conditioning, Grid, VideoShape
     from ..weights.header import Header
 
 Config = Any
@@ -75,6 +75,8 @@ class Family:
     """(network config, text features, embedded guidance) -> conditioning"""
     patch: Callable[[Config], tuple[int, int, int]]
     """latent frames, rows, columns per token"""
+    grid: Callable[[Config], Grid]
+    """codec config -> how pixels map to latents"""
     latent_channels: Callable[[Config], int]
     """channels of the latents the network denoises (its input may have more)"""
     fits_text: Callable[[Config, Config], str | None]

@@ -15,7 +15,7 @@ from ...codec import Codec
 from ...diffusion import Diffusion, flow_matching
 from ...nn.attention import trim_padding
 from ...text.tokenizer import tokenizers_from_metadata
-from ...types import Conditioning, VideoShape
+from ...types import Conditioning, Grid, VideoShape
 from .. import Family, Part
 from .codec import HunyuanCodec
 from .config import DEFAULTS, CodecConfig, NetworkConfig, TextConfig
@@ -77,6 +77,12 @@ def _condition(config: NetworkConfig, features: TextFeatures, guidance: float | 
     return Conditioning(context=context, context_mask=mask, pooled=features.pooled, scalars=scalars)
 
 
+def _grid(config: CodecConfig) -> Grid:
+    return Grid(
+        channels=config.latent_channels, spatial=config.spatial_compression, temporal=config.temporal_compression
+    )
+
+
 def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
     given = text.llama.hidden_size, text.clip.hidden_size
     wanted = network.text_width, network.pooled_width
@@ -106,6 +112,7 @@ FAMILY = Family(
     network_inputs=_network_inputs,
     condition=_condition,
     patch=lambda config: config.patch,
+    grid=_grid,
     latent_channels=lambda config: config.out_channels,
     fits_text=_fits_text,
     blocks=("double_blocks", "single_blocks"),

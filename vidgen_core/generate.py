@@ -1,0 +1,538 @@
+"""From a prompt to a video: the main path, one function a step.
+
+``load_bundle`` -> ``encode_prompts`` -> ``sample_latents`` -> ``decode_latents``; ``generate`` runs them all, a
+node runs one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codec import Codec
+from .diffusion import Diffusion
+from .errors import CheckpointError, FileError, NumericsError, SettingsError
+from .families import TITLES, TextEncoder, identify
+from .guidance import cfg, cfg_schedule
+from .memory.host import Host, LocalHost, bundled_models
+from .model import VideoModel, build_part, denoiser, denoiser_pair, inspect_header, network_of
+from .noise import NoiseStream
+from .preview import LatentRGB, fit_preview
+from .resume import RunFile
+from .sampling import SAMPLERS, StepInfo, sample
+from .timesteps import SCHEDULES, schedule, unknown_name
+from .types import Conditioning, Defaults, Denoise, VideoShape
+from .weights.header import Header, read_header
+
+log = logging.getLogger("vidgen")
+
+MAX_BATCH = 64
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to sample. None takes the checkpoint's default."""
+
+    num_steps: int | None = None
+    sampler: str | None = None
+    """a key of ``sampling.SAMPLERS``"""
+    schedule: str | None = None
+    """a key of ``timesteps.SCHEDULES``"""
+    shift: float | None = None
+    """above 1: more steps at high noise"""
+    guidance: float | None = None
+    """the scale that a guidance-distilled network is told; others ignore it"""
+    cfg: float | None = None
+    """true classifier-free guidance; 1 is off and halves the work"""
+    cfg_schedule: str = "constant"
+    """how the scale changes along the run, a key of ``guidance.CFG_SCHEDULES``"""
+    cfg_start: float = 1.0
+    """guidance begins at this time (1 is noise) ..."""
+    cfg_end: float = 0.0
+    """... and ends at this one (0 is clean)"""
+    cfg_rescale: float = 0.0
+    """0 to 1: how far the guided prediction is given the spread of the unguided one"""
+    cfg_batched: bool = True
+    """with and without the prompt in one forward: faster, more memory"""
+    negative_prompt: str | None = None
+    """what true guidance steers away from; read only where cfg is not 1"""
+    seed: int = 0
+    """sample i of a batch draws from seed + i"""
+    num_videos: int = 1
+    """videos per prompt"""
+    denoise: float = 1.0
+    """below 1: start from given latents, noised to this strength"""
+    threads: int | None = None
+    """CPU threads while computing; None leaves torch's own setting alone"""
+    resume_path: Path | None = None
+    """where an interrupted run is kept and taken up again"""
+
+    def resolved(self, defaults: Defaults) -> Sampling:
+        """With the checkpoint's defaults filled in."""
+        names = ("num_steps", "sampler", "schedule", "shift", "guidance", "cfg", "negative_prompt")
+        return replace(self, **{name: getattr(defaults, name) for name in names if getattr(self, name) is None})
+
+    def check(self, diffusion: Diffusion) -> Tensor:
+        """The times to visit. Raises SettingsError for anything that cannot be used; call on resolved settings."""
+        if self.sampler not in SAMPLERS:
+            raise unknown_name("sampler", self.sampler, SAMPLERS)
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
+        _check_number("shift", self.shift, low=1e-6, high=1e6)
+        _check_number("guidance", self.guidance, low=0.0, high=1e6)
+        _check_number("cfg", self.cfg, low=0.0, high=1e6)
+        _check_number("cfg_rescale", self.cfg_rescale, low=0.0, high=1.0)
+        cfg_schedule(self.cfg_schedule, self.cfg, start=self.cfg_start, end=self.cfg_end)
+        _check_whole("seed", self.seed, low=0, high=2**64 - 1)
+        _check_whole("number of videos", self.num_videos, low=1, high=MAX_BATCH)
+        if self.threads is not None:
+            _check_whole("number of threads", self.threads, low=1, high=1024)
+        if not isinstance(self.negative_prompt, str):
+            raise SettingsError("The negative prompt is not a text", given=repr(self.negative_prompt))
+        assert self.num_steps is not None and self.shift is not None  # noqa: PT018
+        return schedule(self.schedule, self.num_steps, shift=self.shift, diffusion=diffusion, denoise=self.denoise)
+
+
+def _check_number(name: str, value: object, *, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type]
+        raise SettingsError(f"The {name} cannot be used", given=repr(value), expected=f"a number from {low} to {high}")
+
+
+def _check_whole(name: str, value: object, *, low: int, high: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:  # type: ignore[operator]
+        raise SettingsError(f"The {name} cannot be used", given=repr(value), expected=f"a whole number, {low} to {high}")
+
+
+def check_prompts(prompt: object) -> list[str]:
+    """One text or several as a list of texts; an empty text is fine, anything else is a SettingsError."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes) or not prompts:
+        raise SettingsError("The prompt cannot be used", given=repr(prompt), expected="a text or a list of texts")
+    for item in prompts:
+        if not isinstance(item, str):
+            raise SettingsError("A prompt is not a text", given=repr(item), expected="a text such as 'a red star'")
+        if "\0" in item:
+            raise SettingsError("The prompt has a null character in it", given=repr(item), do="remove it")
+    return list(prompts)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Bundle:
+    """Network, VAE and text encoders that belong together."""
+
+    model: VideoModel
+    codec: Codec
+    text: TextEncoder
+    headers: dict[str, Header] = field(default_factory=dict)
+    """part -> the file it came from"""
+    preview: LatentRGB | None = None
+
+    @property
+    def default_shape(self) -> VideoShape:
+        defaults = self.model.defaults
+        return VideoShape(
+            num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px
+        )
+
+    def info(self) -> dict[str, Any]:
+        """part -> what ``inspect_file`` says of its file."""
+        return {part: inspect_header(header) for part, header in self.headers.items()}
+
+    def latent_rgb(self) -> LatentRGB:
+        """The preview matrix: the checkpoint's, else fitted to the VAE at the first call."""
+        if self.preview is None:
+            self.preview = self.model.preview or fit_preview(self.codec)
+        return self.preview
+
+
+Source = str | Path | Sequence[str | Path] | None
+
+
+def load_bundle(
+    source: Source = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    host: Host | None = None,
+) -> Bundle:
+    """All three parts of a model, wherever each one is recognised by its content.
+
+    Args:
+        source: a folder of safetensors, the name of a bundled model, or the files; None takes the first bundled one.
+        dtype: of the weights; None chooses for the device.
+        device: None asks the host.
+
+    Raises:
+        FileError, CheckpointError: a part is missing, is there twice, is damaged, or does not fit the others.
+    """
+    host = host or LocalHost()
+    device = torch.device(device) if device is not None else host.device()
+    headers = _sort_parts(_files(source))
+    found = {part: identify(header) for part, header in headers.items()}
+    families = {item.family.name for item in found.values()}
+    if len(families) > 1:
+        raise CheckpointError(
+            "The parts belong to different families",
+            given=", ".join(f"{item.title} in {headers[part].path}" for part, item in found.items()),
+            do="use network, VAE and text encoders of one family",
+        )
+    _check_fit(headers, found)
+    for header in headers.values():
+        host.make_room(header.num_bytes)
+    codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
+    family = found["codec"].family
+    return Bundle(
+        model=network_of(headers["network"], found["network"], dtype=dtype, device=device),
+        codec=family.codec(codec_module, found["codec"].config),
+        text=build_part(headers["text"], found["text"], dtype=dtype, device=device),  # type: ignore[arg-type]
+        headers=headers,
+    )
+
+
+def _files(source: Source) -> list[Path]:
+    if source is None:
+        bundled = bundled_models()
+        if not bundled:
+            raise FileError("No checkpoint comes with this installation", do="name a folder or files")
+        return _files(next(iter(bundled.values())))
+    if not isinstance(source, (str, Path)):
+        return [Path(item) for item in source]
+    path = Path(source).expanduser()
+    if not path.exists() and str(source) in bundled_models():
+        path = bundled_models()[str(source)]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileError("There is no checkpoint in this folder", given=path, expected="*.safetensors files")
+        return files
+    if not path.exists():
+        names = ", ".join(bundled_models()) or "none"
+        raise FileError("There is no such model", given=source, expected=f"a folder, files, or a bundled name ({names})")
+    return [path]
+
+
+def _sort_parts(files: Sequence[Path]) -> dict[str, Header]:
+    """part -> header. A folder may hold other files, as long as each part is there exactly once."""
+    headers: dict[str, Header] = {}
+    problems: list[CheckpointError] = []
+    for path in files:
+        try:
+            header = read_header(path)
+            part = identify(header).part
+        except CheckpointError as problem:
+            problems.append(problem)
+            continue
+        if part in headers:
+            raise CheckpointError(
+                f"There are two files with a {TITLES[part]}",
+                given=f"{headers[part].path} and {path}",
+                do="name the three files to use instead of the folder",
+            )
+        headers[part] = header
+    missing = [part for part in TITLES if part not in headers]
+    if missing and problems:
+        raise problems[0]
+    if missing:
+        raise CheckpointError(
+            f"The model lacks its {' and '.join(TITLES[part] for part in missing)}",
+            given=", ".join(str(path) for path in files),
+            expected="one file each for network, VAE and text encoders",
+        )
+    return headers
+
+
+def _check_fit(headers: dict[str, Header], found: dict[str, Any]) -> None:
+    family, config = found["network"].family, found["network"].config
+    wanted, given = family.latent_channels(config), family.grid(found["codec"].config).channels
+    if wanted != given:
+        raise CheckpointError(
+            "The VAE does not belong to this network",
+            given=f"{given} latent channels in {headers['codec'].path}",
+            expected=f"{wanted}, as {headers['network'].path} has",
+        )
+    problem = family.fits_text(config, found["text"].config)
+    if problem:
+        raise CheckpointError(
+            "The text encoders do not belong to this network", given=problem, do="use the files of one model"
+        )
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(
+    text: TextEncoder, model: VideoModel, prompts: Sequence[str], *, guidance: float | None = None, image: bool = False
+) -> Conditioning:
+    """What the network is told for these prompts, on its device; ``image`` takes the template for single frames."""
+    with torch.inference_mode():
+        features = text.encode(list(prompts), image_mode=image)
+        return model.conditioning(features, guidance=guidance).to(model.device)
+
+
+def sample_latents(
+    model: VideoModel,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    shape: Sequence[int],
+    settings: Sampling,
+    *,
+    host: Host | None = None,
+    start: Tensor | None = None,
+    preview: LatentRGB | None = None,
+    identity: dict[str, Any] | None = None,
+) -> Tensor:
+    """Noise to clean latents.
+
+    Args:
+        positive: of batch 1 or B.
+        negative: needed where cfg is not 1.
+        shape: (B, C, T, H, W) of the latents.
+        settings: None fields take the checkpoint's defaults.
+        start: clean latents of this shape, read where ``settings.denoise`` is below 1.
+        preview: how to show unfinished latents; None shows none unless the checkpoint brings it.
+        identity: what else must be equal for a saved run to be taken up again (prompt, ...).
+
+    Returns:
+        (B, C, T, H, W) float32 on the model's device.
+
+    Raises:
+        SettingsError: before anything is computed.
+        NumericsError: numbers that are not finite appeared.
+        Cancelled: the user stopped; the state is in ``settings.resume_path`` if that was given.
+    """
+    host = host or LocalHost()
+    settings = settings.resolved(model.defaults)
+    run = _run_file(model, positive, negative, shape, settings, identity)
+    latents = _sample(model, positive, negative, shape, settings, host=host, start=start, preview=preview, run=run)
+    if run is not None:
+        run.remove()
+    return latents
+
+
+def _sample(
+    model: VideoModel,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    shape: Sequence[int],
+    settings: Sampling,
+    *,
+    host: Host,
+    start: Tensor | None,
+    preview: LatentRGB | None,
+    run: RunFile | None,
+) -> Tensor:
+    ts = settings.check(model.diffusion)
+    noise = NoiseStream.of_batch(settings.seed, shape[0])
+    state = None if run is None else run.load()
+    preview = preview or model.preview
+
+    def on_step(info: StepInfo) -> None:
+        if run is not None:
+            run.keep(info.state)
+        host.progress("sample", info.step, info.num_steps)
+        if preview is not None:
+            host.preview(lambda: preview.frames(info.x0))
+        host.check_cancelled()
+
+    saving = contextlib.nullcontext() if run is None else run.saved_on_failure()
+    with torch.inference_mode(), _threads(settings.threads), watched(model.network, host), saving:
+        host.check_cancelled()
+        host.progress("sample", 0 if state is None else state.step, len(ts) - 1)
+        denoise = _denoise(model, positive, negative, settings)
+        x = _start(model, noise, shape, ts, start, settings)
+        return sample(
+            settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step
+        )
+
+
+def _start(
+    model: VideoModel, noise: NoiseStream, shape: Sequence[int], ts: Tensor, start: Tensor | None, settings: Sampling
+) -> Tensor:
+    """The latents at the first time: noise, or given latents with noise added."""
+    drawn = noise.draw(shape[1:], device=model.device)
+    if settings.denoise >= 1.0:
+        return model.diffusion.start(drawn, ts[0])
+    if start is None or tuple(start.shape) != tuple(shape):
+        raise SettingsError(
+            "There is nothing to start from",
+            given=f"denoise {settings.denoise}" + ("" if start is None else f" and latents {tuple(start.shape)}"),
+            expected=f"latents of shape {tuple(shape)}, or denoise 1",
+        )
+    return model.diffusion.add_noise(start.to(drawn), drawn, ts[0])
+
+
+def _denoise(
+    model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling
+) -> Denoise:
+    if settings.cfg == 1.0:
+        return denoiser(model, positive)
+    if negative is None:
+        raise SettingsError(
+            "Guidance needs a negative prompt",
+            given=f"cfg {settings.cfg}",
+            do="give a negative prompt (an empty one is fine), or set cfg to 1",
+        )
+    scale = cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
+    if settings.cfg_batched:
+        cond, uncond = denoiser_pair(model, positive, negative, both_at=lambda t: scale(t) != 1.0)
+    else:
+        cond, uncond = denoiser(model, positive), denoiser(model, negative)
+    return cfg(cond, uncond, scale, rescale=settings.cfg_rescale, diffusion=model.diffusion)
+
+
+def decode_latents(codec: Codec, latents: Tensor, *, host: Host | None = None, threads: int | None = None) -> Tensor:
+    """(B, C, T, H, W) latents -> video (B, 3, T, H, W) float32 in [-1, 1] on the CPU, one sample at a time.
+
+    Raises:
+        NumericsError: the decoder's output is not finite.
+    """
+    host = host or LocalHost()
+    videos = []
+    module = codec if isinstance(codec, nn.Module) else None
+    with torch.inference_mode(), _threads(threads), watched(module, host):
+        for index, one in enumerate(latents.split(1)):
+            host.check_cancelled()
+            host.progress("decode", index, len(latents))
+            video = codec.decode(one).float().clamp_(-1, 1).cpu()
+            if not bool(torch.isfinite(video).all()):
+                raise NumericsError(
+                    "The decoded video is not finite", do="load the VAE in float32 or bfloat16: float16 overflows"
+                )
+            videos.append(video)
+        host.progress("decode", len(latents), len(latents))
+    return torch.cat(videos)
+
+
+def generate(
+    bundle: Bundle,
+    prompt: str | Sequence[str],
+    shape: VideoShape | None = None,
+    settings: Sampling | None = None,
+    *,
+    host: Host | None = None,
+) -> Tensor:
+    """A video for each prompt (and ``num_videos`` of each).
+
+    Sample i has the seed ``settings.seed + i``: a batch gives what the same seeds give one by one.
+
+    Returns:
+        (B, 3, T, H, W) float32 in [-1, 1] on the CPU.
+
+    Raises:
+        SettingsError: before anything is computed.
+        Cancelled, NumericsError, FileError: as :func:`sample_latents`.
+    """
+    host = host or LocalHost()
+    model = bundle.model
+    prompts = check_prompts(prompt)
+    settings = (settings or Sampling()).resolved(model.defaults)
+    settings.check(model.diffusion)
+    shape = shape or bundle.default_shape
+    shape.check(bundle.codec.grid, patch=model.family.patch(model.config))
+    prompts = [text for text in prompts for _ in range(settings.num_videos)]
+    assert settings.negative_prompt is not None
+    latent_shape = (len(prompts), *shape.latent_shape(bundle.codec.grid))
+
+    with _threads(settings.threads):
+        host.progress("encode", 0, 1)
+        image = shape.num_frames == 1
+        positive = encode_prompts(bundle.text, model, prompts, guidance=settings.guidance, image=image)
+        negative = None
+        if settings.cfg != 1.0:
+            texts = [settings.negative_prompt]
+            negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image)
+        host.progress("encode", 1, 1)
+
+    identity = {"prompt": prompts, "text encoders": bundle.headers["text"].digest if bundle.headers else ""}
+    run = _run_file(model, positive, negative, latent_shape, settings, identity)
+    latents = _sample(
+        model, positive, negative, latent_shape, settings, host=host, start=None, preview=bundle.latent_rgb(), run=run
+    )
+    video = decode_latents(bundle.codec, latents, host=host, threads=settings.threads)
+    if run is not None:
+        run.remove()
+    return video
+
+
+# --- around the steps -------------------------------------------------------------------------------------------------
+
+
+def _run_file(
+    model: VideoModel,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    shape: Sequence[int],
+    settings: Sampling,
+    identity: dict[str, Any] | None,
+) -> RunFile | None:
+    """The file of an interrupted run, checked against this one; None when none is wanted."""
+    if settings.resume_path is None:
+        return None
+    outside = {"resume_path", "threads", "cfg_batched", "num_videos"}  # they do not change the result
+    values = {key: value for key, value in asdict(settings).items() if key not in outside}
+    known = identity if identity is not None else {"conditioning": fingerprint(positive, negative)}
+    identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint}
+    return RunFile(Path(settings.resume_path), identity)
+
+
+def fingerprint(*conditionings: Conditioning | None) -> str:
+    """A hash of every tensor inside."""
+    import hashlib
+
+    hasher = hashlib.sha256()
+
+    def add(tensor: Tensor) -> Tensor:
+        hasher.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        hasher.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    for cond in conditionings:
+        if cond is not None:
+            cond.map(add)
+    return hasher.hexdigest()
+
+
+@contextlib.contextmanager
+def watched(module: nn.Module | None, host: Host) -> Iterator[None]:
+    """Ask for a cancelled run before every block of ``module``, so that stopping takes less than a second."""
+
+    def ask(block: nn.Module, inputs: object) -> None:
+        host.check_cancelled()
+
+    lists = [] if module is None else [item for item in module.modules() if isinstance(item, nn.ModuleList)]
+    hooks = [block.register_forward_pre_hook(ask) for blocks in lists for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Compute with this many CPU threads, then as many as before."""
+    if number is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,104 @@
+"""Interrupted runs: the sampler's state on disk, with a note of what run it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .errors import FileError, SettingsError
+from .sampling import SamplerState
+
+log = logging.getLogger("vidgen")
+
+SAVE_EVERY_S = 30.0
+"""a killed process loses at most this much, and a run shorter than this writes nothing unless it is interrupted"""
+
+
+class RunFile:
+    """One file per run: written when the run stops early, read when it starts again, removed when it is done."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """
+        Args:
+            path: of the file; it need not exist.
+            identity: everything the result depends on; JSON values.
+
+        Raises:
+            FileError: nothing could be written there. Better told before the work than after it.
+        """
+        self.path = path
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self._last: SamplerState | None = None
+        self._saved_at = time.monotonic()
+        if path.is_dir() or not path.parent.is_dir():
+            raise FileError("The run cannot be kept here", given=path, expected="a file in an existing folder")
+        if not os.access(path.parent, os.W_OK):
+            raise FileError("The run cannot be kept here", given=path, do="choose a folder that you may write to")
+
+    def load(self) -> SamplerState:
+        """The state to go on from; an empty one when there is no file.
+
+        Raises:
+            SettingsError: the file is of a run with another prompt, seed, checkpoint or setting.
+            CheckpointError, FileError: it is damaged or cannot be read.
+        """
+        note = json.dumps(self.identity)
+        if not self.path.exists():
+            return SamplerState(run=note)
+        state = SamplerState.load(self.path)
+        before = json.loads(state.run) if state.run else {}
+        changed = [key for key in self.identity if before.get(key) != self.identity[key]]
+        if changed:
+            raise SettingsError(
+                f"The saved run was made with another {' and '.join(changed)}",
+                given="; ".join(f"{key} {_short(self.identity[key])}" for key in changed),
+                expected="; ".join(f"{key} {_short(before.get(key))}" for key in changed),
+                do=f"use the settings of the saved run, or delete {self.path} to start afresh",
+            )
+        log.info("taking up the run in %s after step %d", self.path, state.step)
+        self._last = state
+        return state
+
+    def keep(self, state: SamplerState) -> None:
+        """Remember the state after a step; now and then also on disk."""
+        # A copy of the record: tensors are never changed in place, but an interrupt may fall between two fields.
+        self._last = replace(state, memory=dict(state.memory))
+        if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+            self._last.save(self.path)
+            self._saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """Write the last state if the block is left by any exception: cancelled, interrupted, out of memory."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self._save_last()
+
+    def _save_last(self) -> None:
+        if self._last is None or self._last.step == 0:
+            return
+        try:
+            self._last.save(self.path)
+            log.info("the run is kept in %s after step %d", self.path, self._last.step)
+        except FileError as problem:  # the exception on its way out matters more
+            log.warning("%s", problem)
+
+    def remove(self) -> None:
+        """The run is done."""
+        self.path.unlink(missing_ok=True)
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
