@@ -1,0 +1,408 @@
+"""Teach the tiny pair of text encoders what captions say.
+
+The published encoders have read the internet; the tiny ones only ever need to read captions of
+:mod:`.data.shapes`. After a few minutes on one core their frozen outputs hold each attribute of a
+caption along directions of its own, also in combinations that were never seen:
+
+* linear classifiers read every attribute from CLIP's pooled vector, from the mean of LLaMA's states,
+  and from LLaMA's last state; what a caption leaves out is a class of its own ("unspecified");
+* the pooled vector is drawn towards a sum of one learned vector per attribute, so that the wording
+  and the combination leave little trace in it;
+* LLaMA also predicts the next word;
+* unknown words turn up anywhere and words without meaning go missing.
+
+Heads and attribute vectors are thrown away. The outputs are brought to a root mean square of 1 at the
+end, exactly and inside the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, Template, TextConfig
+from ..vidgen_core.families.hunyuan.text import TextFeatures, TextStack
+from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, UNKNOWN, Tokenizer
+from ..vidgen_core.weights.save import save_checkpoint
+from .data.shapes import ATTRIBUTES, VOCABULARY, caption_with_fields, sample_scene
+
+log = logging.getLogger("vidgen")
+
+_SINGULAR = ("circle", "disc", "ball", "square", "box", "triangle", "star", "heart", "cross", "plus")
+NOUNS = frozenset(_SINGULAR) | {noun + ("es" if noun.endswith(("s", "x")) else "s") for noun in _SINGULAR}
+"""every caption has exactly one of them, and the word before it is the colour"""
+FILLERS = frozenset(
+    ("a", "an", "the", "of", "that", "video", "short", "clip", "shows", "we", "see", "image", "picture", "slowly")
+)
+"""words that can go missing or be unknown without a change of meaning"""
+NOISE = 0.05
+"""chance of an unknown word before each word, and of each filler to go missing or to be unknown"""
+TERSE = 0.1
+"""share of captions without any filler"""
+SILENT = 0.05
+"""share of captions whose colour is left out, and of captions whose noun is an unknown word"""
+EMPTY = 0.03
+"""share of empty prompts"""
+STILL_IMAGE = 0.1
+"""share of captions of a single frame; they speak of no motion and no camera"""
+IMPLIED = {"motion": "still", "camera": "static"}
+"""what a caption means that does not speak of it: the words alone cannot tell an image from a clip at rest"""
+READOUTS = ("pooled", "mean", "last")
+
+
+def caption_tokenizer() -> Tokenizer:
+    """The word-level tokenizer of the captions."""
+    return Tokenizer.from_words(VOCABULARY)
+
+
+def tiny_text_config(*, width: int = 128, skip_layers: int = 1, max_length: int = 32) -> TextConfig:
+    """Encoders of about 1 M parameters for the captions: no template, one vocabulary for both."""
+    tokenizer = caption_tokenizer()
+    bare = Template(text="{}", crop_start=0)
+    return TextConfig(
+        llama=LlamaDims(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=width,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=4,
+            intermediate_size=2 * width,
+            rope_theta=10000.0,
+            skip_layers=skip_layers,
+        ),
+        clip=ClipDims(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=width,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=4 * width,
+            max_length=max_length,
+            eos_token_id=_required_id(tokenizer, EOS),
+        ),
+        max_length=max_length,
+        pad_token_id=_required_id(tokenizer, PAD),
+        bos_token_id=_required_id(tokenizer, BOS),
+        video_template=bare,
+        image_template=bare,
+    )
+
+
+def _required_id(tokenizer: Tokenizer, word: str) -> int:
+    index = tokenizer.id_of(word)
+    assert index is not None, word
+    return index
+
+
+# ---------------------------------------------------------------------------------------------
+# captions and what they state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionBatch:
+    """Captions with one label per attribute."""
+
+    texts: tuple[str, ...]
+    labels: Tensor
+    """(B, attributes) int64: the index of the value, or the number of values for "unspecified" """
+
+
+def sample_captions(rng: np.random.Generator, count: int, split: str, *, noise: float = 0.0) -> CaptionBatch:
+    """``count`` captions of fresh scenes; ``noise`` as in :data:`NOISE`."""
+    pairs = [_labelled_caption(rng, split, noise) for _ in range(count)]
+    return CaptionBatch(texts=tuple(text for text, _ in pairs), labels=torch.tensor([labels for _, labels in pairs]))
+
+
+def _labelled_caption(rng: np.random.Generator, split: str, noise: float) -> tuple[str, list[int]]:
+    scene = sample_scene(rng, split)
+    text, stated = caption_with_fields(scene, rng, image=bool(rng.random() < STILL_IMAGE))
+    facts = {name: value for name, value in scene.attributes().items() if name in stated}
+    words, facts = _silenced(text.split(), {**IMPLIED, **facts}, rng)
+    if rng.random() < EMPTY:
+        words, facts = [], {}
+    labels = [values.index(facts[name]) if name in facts else len(values) for name, values in ATTRIBUTES.items()]
+    return " ".join(_with_noise(words, rng, noise) if noise else words), labels
+
+
+def _silenced(words: list[str], facts: dict[str, str], rng: np.random.Generator) -> tuple[list[str], dict[str, str]]:
+    """Sometimes leave out the colour or the shape, which captions of the data set always state."""
+    noun = next(index for index, word in enumerate(words) if word.rstrip(",") in NOUNS)
+    if rng.random() < SILENT:
+        words[noun] = UNKNOWN + "," * words[noun].endswith(",")
+        del facts["shape"]
+    if rng.random() < SILENT:
+        del words[noun - 1]
+        del facts["colour"]
+    return words, facts
+
+
+def _with_noise(words: list[str], rng: np.random.Generator, chance: float) -> list[str]:
+    drop = 1.0 if rng.random() < TERSE else chance
+    noisy: list[str] = []
+    for word in words:
+        if rng.random() < chance:
+            noisy.append(UNKNOWN)
+        if word not in FILLERS:
+            noisy.append(word)
+        elif rng.random() >= drop:
+            noisy.append(UNKNOWN if rng.random() < chance else word)
+    return noisy
+
+
+# ---------------------------------------------------------------------------------------------
+# what is learned and thrown away
+
+
+class Heads(nn.Module):
+    """Linear readers of the attributes, the sum of attribute vectors, and the next-word head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_classes = [len(values) + 1 for values in ATTRIBUTES.values()]
+        widths = {"pooled": config.clip.hidden_size, "mean": config.llama.hidden_size, "last": config.llama.hidden_size}
+        self.readers = nn.ModuleDict({name: nn.Linear(widths[name], sum(self.num_classes)) for name in READOUTS})
+        self.attribute_vectors = nn.Linear(sum(self.num_classes), config.clip.hidden_size)
+        self.next_word = nn.Linear(config.llama.hidden_size, config.llama.vocab_size, bias=False)
+
+    def logits(self, features: TextFeatures) -> dict[str, tuple[Tensor, ...]]:
+        """Per readout, one (B, classes) tensor for each attribute."""
+        vectors = readouts(features)
+        return {name: self.readers[name](vectors[name]).split(self.num_classes, dim=1) for name in READOUTS}
+
+    def expected_pooled(self, labels: Tensor) -> Tensor:
+        """The sum of the vectors of the stated attributes: (B, attributes) -> (B, P)."""
+        hot = [F.one_hot(labels[:, i], n) for i, n in enumerate(self.num_classes)]
+        return self.attribute_vectors(torch.cat(hot, dim=1).to(self.attribute_vectors.weight.dtype))
+
+
+def readouts(features: TextFeatures) -> dict[str, Tensor]:
+    """The vectors (B, width) from which attributes are read."""
+    weight = features.context_mask.to(features.context.dtype)[..., None]
+    count = features.context_mask.sum(1)
+    rows = torch.arange(len(count), device=count.device)
+    return {
+        "pooled": features.pooled,
+        "mean": (features.context * weight).sum(1) / weight.sum(1),
+        "last": features.context[rows, count - 1],
+    }
+
+
+def _loss(heads: Heads, features: TextFeatures, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    parts = {
+        name: sum((F.cross_entropy(x, labels[:, i]) for i, x in enumerate(logits)), start=torch.zeros(()))
+        for name, logits in heads.logits(features).items()
+    }
+    parts["additive"] = F.mse_loss(heads.expected_pooled(labels), features.pooled)
+    mask = features.context_mask
+    words = heads.next_word(features.context[:, :-1])[mask[:, 1:]]
+    parts["next_word"] = 0.1 * F.cross_entropy(words, ids[:, 1:][mask[:, 1:]])
+    power = features.context[mask].square().mean(-1)
+    parts["scale"] = 0.1 * (power - 1).square().mean()
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------
+# training
+
+
+def train_text(
+    config: TextConfig,
+    *,
+    steps: int,
+    seed: int,
+    threads: int = 1,
+    out: Path,
+    on_log: Callable[[int, Mapping[str, float]], None] | None = None,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    num_test: int = 2000,
+) -> dict[str, float]:
+    """Train encoders of ``config`` on captions and write them to ``out`` as safetensors.
+
+    Args:
+        config: sizes; the vocabulary must hold :func:`caption_tokenizer`'s.
+        steps: optimizer steps of ``batch`` captions each.
+        seed: fixes everything, given the number of threads.
+        on_log: called every 50 steps with the parts of the loss.
+        num_test: captions, of scenes with combinations that training leaves out, for the scores.
+
+    Returns:
+        Accuracies "READOUT/ATTRIBUTE" in 0..1 on held-out combinations, their "READOUT/worst", the share of
+        captions read without any mistake "READOUT/all", "pooled/additive" (share of the pooled vector's
+        variance that a sum over attributes explains), and the root mean squares "context/rms", "pooled/rms".
+    """
+    with _reproducible(seed, threads):
+        stack = TextStack(config, caption_tokenizer())
+        heads = Heads(config)
+        _spread_embeddings(stack)
+        rng = np.random.default_rng(seed)
+        stack.train()
+        for step, parts in _optimise(stack, heads, rng, steps, batch, learning_rate):
+            if on_log is not None and (step % 50 == 0 or step == steps):
+                on_log(step, {name: float(value.detach()) for name, value in parts.items()})
+        stack.eval()
+        _normalise(stack, sample_captions(rng, 1024, "train").texts)
+        scores = evaluate(stack, np.random.default_rng(seed + 1), num_test)
+    _save(out, stack)
+    log.info("text encoders written to %s; worst attribute %.4f", out, scores["pooled/worst"])
+    return scores
+
+
+@contextmanager
+def _reproducible(seed: int, threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _spread_embeddings(stack: TextStack) -> None:
+    """Start the words far apart: the usual 0.02 suits vocabularies of many thousands."""
+    embeddings = stack.clip.text_model.embeddings
+    nn.init.normal_(stack.llama.embed_tokens.weight, std=0.5)
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
+    nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
+
+
+def _optimise(
+    stack: TextStack, heads: Heads, rng: np.random.Generator, steps: int, batch: int, learning_rate: float
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    # Linear heads start small and have far to go; at the encoders' rate everything else would wait for them.
+    rates = {stack: learning_rate, heads: 5 * learning_rate}
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(1, steps + 1):
+        for group, rate in zip(optimiser.param_groups, rates.values(), strict=True):
+            group["lr"] = rate * _learning_curve(step / steps)
+        captions = sample_captions(rng, batch, "train", noise=NOISE)
+        ids, mask, clip_ids = _trimmed(stack, captions.texts)
+        parts = _loss(heads, stack.features(ids, mask, clip_ids), ids, captions.labels)
+        optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(parts.values())).sum().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        yield step, parts
+
+
+def _learning_curve(progress: float) -> float:
+    """Warm up over the first 5 %, then a half cosine down to nothing."""
+    return min(1.0, progress / 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _trimmed(stack: TextStack, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids without the columns that are padding in every row: the features stay the same."""
+    tokens = stack.tokenize(texts)
+    longest = int(tokens.mask.sum(1).max())
+    return tokens.ids[:, :longest], tokens.mask[:, :longest], tokens.clip_ids[:, :longest]
+
+
+@torch.no_grad()
+def _normalise(stack: TextStack, texts: Sequence[str]) -> None:
+    """Bring the outputs to a root mean square of 1, and the pooled vector to a mean of 0, in the weights.
+
+    LLaMA's blocks normalise what they read, so scaling all that is written to the residual stream
+    scales the states and changes nothing else (but for the epsilon of the norms).
+    """
+    features = stack.features(*_trimmed(stack, texts))
+    scale = features.context[features.context_mask].square().mean().rsqrt()
+    stack.llama.embed_tokens.weight.mul_(scale)
+    for layer in stack.llama.layers:
+        layer.self_attn.o_proj.weight.mul_(scale)
+        layer.mlp.down_proj.weight.mul_(scale)
+    norm = stack.clip.text_model.final_layer_norm
+    mean = features.pooled.mean(0)
+    scale = (features.pooled - mean).square().mean().rsqrt()
+    norm.bias.sub_(mean).mul_(scale)
+    norm.weight.mul_(scale)
+
+
+# ---------------------------------------------------------------------------------------------
+# scores
+
+
+@torch.no_grad()
+def evaluate(stack: TextStack, rng: np.random.Generator, num_test: int) -> dict[str, float]:
+    """Scores of frozen encoders; linear classifiers are fitted on training captions. See :func:`train_text`."""
+    fit, test = sample_captions(rng, 2 * num_test, "train"), sample_captions(rng, num_test, "heldout")
+    fitted, tested = (_frozen_features(stack, batch.texts) for batch in (fit, test))
+    scores: dict[str, float] = {}
+    for readout in READOUTS:
+        right = _linear_probe(fitted[readout], fit.labels, tested[readout]) == test.labels
+        accuracy = right.double().mean(0)
+        scores |= {f"{readout}/{name}": float(accuracy[i]) for i, name in enumerate(ATTRIBUTES)}
+        scores[f"{readout}/worst"] = float(accuracy.min())
+        scores[f"{readout}/all"] = float(right.all(1).double().mean())
+    scores["pooled/additive"] = _explained(fitted["pooled"], fit.labels, tested["pooled"], test.labels)
+    features = stack.encode(test.texts)
+    scores["context/rms"] = float(features.context[features.context_mask].square().mean().sqrt())
+    scores["pooled/rms"] = float(features.pooled.square().mean().sqrt())
+    return scores
+
+
+def _frozen_features(stack: TextStack, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Readouts in float64, in pieces of 500 captions."""
+    pieces = [readouts(stack.features(*_trimmed(stack, texts[i : i + 500]))) for i in range(0, len(texts), 500)]
+    return {name: torch.cat([piece[name] for piece in pieces]).double() for name in READOUTS}
+
+
+def _linear_probe(x: Tensor, labels: Tensor, x_test: Tensor) -> Tensor:
+    """Multinomial logistic regression for every attribute at once: labels (N, attributes) of ``x_test``."""
+    sizes = [len(values) + 1 for values in ATTRIBUTES.values()]
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    with torch.enable_grad():
+        weight = torch.zeros(x.shape[1], sum(sizes), dtype=x.dtype, requires_grad=True)
+        bias = torch.zeros(sum(sizes), dtype=x.dtype, requires_grad=True)
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            pieces = (x @ weight + bias).split(sizes, dim=1)
+            loss = torch.stack([F.cross_entropy(piece, labels[:, i]) for i, piece in enumerate(pieces)]).sum()
+            loss = loss + 1e-4 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+    pieces = (x_test @ weight + bias).detach().split(sizes, dim=1)
+    return torch.stack([piece.argmax(1) for piece in pieces], dim=1)
+
+
+def _explained(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor) -> float:
+    """Share of the variance of ``x_test`` that the best sum of one vector per attribute value explains."""
+
+    def design(values: Tensor) -> Tensor:
+        hot = [F.one_hot(values[:, i], len(row) + 1) for i, row in enumerate(ATTRIBUTES.values())]
+        return torch.cat([*hot, torch.ones(len(values), 1)], dim=1).double()
+
+    a = design(labels)
+    ridge = 1e-6 * torch.eye(a.shape[1], dtype=a.dtype)
+    vectors = torch.linalg.solve(a.T @ a + ridge, a.T @ x)
+    rest = x_test - design(labels_test) @ vectors
+    return float(1 - rest.square().sum() / (x_test - x_test.mean(0)).square().sum())
+
+
+def _save(out: Path, stack: TextStack) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = {"modelspec.title": "VidGen tiny text encoders"}
+    save_checkpoint(
+        out,
+        stack.state_dict(),
+        family="hunyuan",
+        part="text",
+        config=stack.config,
+        metadata={**title, **stack.metadata()},
+    )
