@@ -6,6 +6,9 @@ Each message says what was given, what is expected and what to do about it. A bu
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: what happened, what was given, what is expected and what to do.
@@ -34,6 +37,14 @@ class UserError(ValueError):
 
 class SettingsError(UserError):
     """A number, size or option that cannot be used (0 frames, negative width, unknown sampler)."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> SettingsError:
+    """The error for a name that is in no table, with the closest one that is. ``kind``: "sampler", "schedule"."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    do = f'did you mean "{close[0]}"?' if close else "choose one of these names"
+    return SettingsError(f"There is no such {kind}", given=repr(name), expected="one of " + ", ".join(names), do=do)
 
 
 class FileError(UserError):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import Diffusion, fit
-from .errors import SettingsError
-from .timesteps import unknown_name
+from .errors import SettingsError, unknown_name
 from .types import Denoise, Held
 
 Scale = float | Tensor

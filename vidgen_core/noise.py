@@ -63,4 +63,5 @@ class NoiseStream:
                 do="resume with the batch size the run was started with",
             )
         for generator, own in zip(self._generators, state.cpu(), strict=True):
-            generator.set_state(own.contiguous())
+            # A copy: set_state crashes the process on a view that does not begin its storage.
+            generator.set_state(own.clone())

@@ -5,27 +5,18 @@ A schedule is ``(num_steps, diffusion, shift) -> (num_steps + 1,)`` in float64 o
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .diffusion import Diffusion, flow_matching
-from .errors import SettingsError
+from .errors import SettingsError, unknown_name
 
 Schedule = Callable[[int, Diffusion, float], Tensor]
 
 MAX_STEPS = 10_000
-
-
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> SettingsError:
-    """The error for a name that is in no table, with the closest one that is."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name).lower(), known, n=1)
-    do = f'did you mean "{close[0]}"?' if close else f"choose one of the {kind}s listed"
-    return SettingsError(f"There is no such {kind}", given=repr(name), expected="one of " + ", ".join(known), do=do)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
