@@ -1,0 +1,232 @@
+"""Training of the causal VAE: L1, a perceptual surrogate and a small KL term, on crops, clips and images.
+
+The mix follows HunyuanVideo's report (arXiv 2412.03603, section 4.1): videos and images 4 : 1, a random interval
+between frames, no start from an image VAE. Most batches are crops, because eight of them cost what one clip
+costs; the share of whole clips grows over the run, because the norms see the whole extent when the VAE is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..vidgen_core.families.hunyuan.config import CodecConfig
+from ..vidgen_core.families.hunyuan.vae import CausalVAE
+from ..vidgen_core.weights.save import save_checkpoint
+from .data.pool import PoolSettings, draw_clip, open_pool
+from .loop import Draw, Objective
+from .pictures import contact_sheet
+from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
+
+log = logging.getLogger("vidgen")
+
+Kind = Literal["crop", "clip", "image"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeLossSettings:
+    gradient: float = 0.5
+    """weight of the perceptual surrogate, see :func:`detail_loss`"""
+    square: float = 0.0
+    """weight of the mean squared error"""
+    kl: float = 1e-4
+    """weight of the KL divergence from the unit Gaussian, mean over latent elements"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeMixSettings:
+    """Which batches the VAE sees."""
+
+    image_share: float = 0.2
+    clip_share: float = 0.1
+    """of the video batches, how many are whole clips at the start of the run"""
+    clip_share_end: float = 0.6
+    """and at its end"""
+    crop_frames: int = 9
+    crop_px: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeRecipe:
+    """``stage = "vae"``."""
+
+    stage: Literal["vae"]
+    run: RunSettings
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    model: CodecConfig = field(default_factory=CodecConfig)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    loss: VaeLossSettings = field(default_factory=VaeLossSettings)
+    mix: VaeMixSettings = field(default_factory=VaeMixSettings)
+    evaluation_clips: int = 24
+    init: str | None = None
+    """a codec file to start from"""
+
+
+class VaeObjective(Objective):
+    """The VAE, its pool of clips and its loss."""
+
+    metrics = ("l1", "gradient", "kl", "psnr")
+
+    def __init__(self, recipe: VaeRecipe) -> None:
+        super().__init__()
+        torch.manual_seed(recipe.run.seed)
+        self.recipe = recipe
+        self.vae = CausalVAE(recipe.model)
+        if recipe.init is not None:
+            from safetensors.torch import load_file
+
+            self.vae.load_state_dict({name: t.float() for name, t in load_file(recipe.init).items()})
+        self.pool = open_pool(recipe.pool, processes=recipe.run.processes)
+
+    def is_hidden(self, name: str) -> bool:
+        outer = ("encoder.conv_in.", "decoder.conv_out.")
+        return not any(part in name for part in outer)
+
+    # ---- batches -------------------------------------------------------------------------------------------
+
+    def batch(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Videos (B, 3, T, H, W) in [-1, 1] and the noise (B, C, T', H', W') of the posterior samples.
+
+        Crops come ``batch_size`` at a time; whole clips and images in numbers of about the same cost.
+        """
+        kind = self._kind(draw)
+        mix, pool = self.recipe.mix, self.recipe.pool
+        if kind == "clip":
+            cost = pool.num_frames * pool.size_px**2 / (mix.crop_frames * mix.crop_px**2)
+            num = max(draw.world, round(draw.batch_size / cost / draw.world) * draw.world)
+        elif kind == "image":
+            cost = pool.size_px**2 / (mix.crop_frames * mix.crop_px**2)
+            num = max(draw.world, round(draw.batch_size / cost / draw.world) * draw.world)
+        else:
+            num = draw.batch_size
+        generators = draw.samples(num)
+        video = torch.stack([self._sample(kind, g) for g in generators])
+        latent_shape = (self.vae.grid.channels, self.vae.grid.num_latent_frames(video.shape[2])) + tuple(
+            side // self.vae.grid.spatial for side in video.shape[3:]
+        )
+        noise = torch.stack([torch.randn(latent_shape, generator=g) for g in generators])
+        device = next(self.vae.parameters()).device
+        return (video.to(device).float() / 127.5 - 1), noise.to(device)
+
+    def _kind(self, draw: Draw) -> Kind:
+        mix = self.recipe.mix
+        image, clip = torch.rand(2, generator=draw.shared()).tolist()
+        if image < mix.image_share:
+            return "image"
+        share = mix.clip_share + (mix.clip_share_end - mix.clip_share) * draw.position
+        return "clip" if clip < share else "crop"
+
+    def _sample(self, kind: Kind, generator: torch.Generator) -> Tensor:
+        """uint8 (3, T, H, W), mirrored left-right half of the time."""
+        mix, pool = self.recipe.mix, self.recipe.pool
+        index, t, y, x, mirror = torch.randint(0, 1 << 30, (5,), generator=generator).tolist()
+        frames, side = {
+            "clip": (pool.num_frames, pool.size_px),
+            "crop": (mix.crop_frames, mix.crop_px),
+            "image": (1, pool.size_px),
+        }[kind]
+        t %= pool.num_frames - frames + 1
+        y %= pool.size_px - side + 1
+        x %= pool.size_px - side + 1
+        clip = self.pool[index % len(self.pool), :, t : t + frames, y : y + side, x : x + side]
+        if mirror % 2:
+            clip = clip[..., ::-1]
+        return torch.from_numpy(clip.copy())
+
+    # ---- loss ----------------------------------------------------------------------------------------------
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        video, noise = batch
+        mean, logvar = (x.float() for x in self.vae.encode(video))
+        out = self.vae.decode(mean + (0.5 * logvar).exp() * noise).float()
+        settings = self.recipe.loss
+        l1 = (out - video).abs().mean()
+        square = (out - video).square().mean()
+        gradient = detail_loss(out, video)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = l1 + settings.gradient * gradient + settings.square * square + settings.kl * kl
+        # Peak to peak is 2 in [-1, 1].
+        psnr = 10 * torch.log10(4 / square.detach().clamp_min(1e-10))
+        return {"loss": loss, "l1": l1, "gradient": gradient, "kl": kl, "psnr": psnr}
+
+    # ---- judging -------------------------------------------------------------------------------------------
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """PSNR in dB on unseen clips (all combinations of attributes, other seeds), mean and worst clip."""
+        unseen = replace(self.recipe.pool, split="all", seed=self.recipe.pool.seed + 104729, max_interval=1)
+        clips = [torch.from_numpy(draw_clip(unseen, i)) for i in range(self.recipe.evaluation_clips)]
+        pairs = [self._reconstruct(clip) for clip in clips]
+        scores = [psnr_db(out, video) for video, out in pairs]
+        contact_sheet(folder / "samples" / f"step-{step:08d}.png", [v for pair in pairs[:4] for v in pair])
+        return {"psnr_db": sum(scores) / len(scores), "psnr_worst_db": min(scores)}
+
+    def _reconstruct(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        device = next(self.vae.parameters()).device
+        video = clip.to(device).float()[None] / 127.5 - 1
+        out = self.vae.decode(self.vae.encode(video)[0])
+        return video[0].cpu(), out[0].float().clamp(-1, 1).cpu()
+
+    def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        """Write ``vae.safetensors`` with the scaling factor that makes latents of unit standard deviation."""
+        factor = 1 / self.latent_std(range(min(64, len(self.pool))))
+        config = replace(self.recipe.model, scaling_factor=round(factor, 6))
+        metadata = {f"vidgen.training.{name}": str(value) for name, value in summary.items()}
+        save_checkpoint(
+            folder / "vae.safetensors",
+            self.vae.state_dict(),
+            family="hunyuan",
+            part="codec",
+            config=config,
+            metadata=metadata,
+            dtype=torch.float16,
+        )
+        log.info("Wrote %s, scaling factor %.4f", folder / "vae.safetensors", factor)
+
+    @torch.no_grad()
+    def latent_std(self, indices: Sequence[int]) -> float:
+        """Standard deviation over all elements of the latents of some clips of the pool."""
+        count, total, squares = 0, 0.0, 0.0
+        for index in indices:
+            clip = torch.from_numpy(np.array(self.pool[index]))
+            video = clip.to(next(self.vae.parameters()).device).float()[None] / 127.5 - 1
+            mean, _ = self.vae.encode(video)
+            count += mean.numel()
+            total += float(mean.double().sum())
+            squares += float(mean.double().square().sum())
+        return math.sqrt(squares / count - (total / count) ** 2)
+
+
+def detail_loss(out: Tensor, video: Tensor, num_scales: int = 3) -> Tensor:
+    """L1 between the differences of neighbouring pixels, rows, columns and frames, at several sizes.
+
+    A stand-in for a perceptual network that needs no weights: blurred or flickering edges cost, a shift in
+    brightness does not.
+
+    Args:
+        out, video: (B, 3, T, H, W).
+    """
+    error = out - video
+    total = error.new_zeros(())
+    if error.shape[2] > 1:
+        total = total + error.diff(dim=2).abs().mean()
+    frames = error.transpose(1, 2).flatten(0, 1)
+    for scale in range(num_scales):
+        if scale:
+            frames = F.avg_pool2d(frames, 2)
+        total = total + frames.diff(dim=2).abs().mean() + frames.diff(dim=3).abs().mean()
+    return total / num_scales
+
+
+def psnr_db(out: Tensor, video: Tensor) -> float:
+    """Peak signal to noise ratio of two videos in [-1, 1]."""
+    return 10 * math.log10(4 / max(1e-10, float((out - video).double().square().mean())))
