@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import SettingsError
-from ...nn.causal_conv import CausalConv3d
+from ...nn.causal_conv import CausalConv3d, Steps, UpsampledCausalConv3d
 from ...types import Grid, VideoShape
 from .config import CodecConfig
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
-Steps = tuple[int, int, int]
-"""Factors by which a level shrinks or grows (T, H, W)."""
 
 
 def _norm(config: CodecConfig, channels: int) -> nn.GroupNorm:
@@ -107,16 +105,9 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, steps: Steps) -> None:
         super().__init__()
-        self.steps = steps
-        self.conv = CausalConv3d(channels, channels)
+        self.conv = UpsampledCausalConv3d(channels, channels, steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        time, *space = self.steps
-        for dim, step in enumerate(space, start=3):
-            if step > 1:
-                x = x.repeat_interleave(step, dim=dim)
-        if time > 1 and x.shape[2] > 1:
-            x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(time, dim=2)], dim=2)
         return self.conv(x)
 
 
