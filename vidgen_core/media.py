@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import signal
 import struct
@@ -25,7 +26,10 @@ import torch
 from torch import Tensor
 
 from .errors import FileError, MissingLibraryError, SettingsError
+from .types import Grid
 from .weights.save import atomic_path, write_error
+
+log = logging.getLogger("vidgen")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +74,32 @@ def images_to_frames(images: Tensor) -> Iterator[np.ndarray]:
     """IMAGE (T, H, W, 3) in [0, 1] -> uint8 frames (H, W, 3), one at a time so that long videos need no copy."""
     for image in images:
         yield image[..., :3].float().mul(255.0).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+
+
+def frames_to_images(frames: np.ndarray) -> Tensor:
+    """uint8 frames (T, H, W, 3) -> IMAGE, float32 in [0, 1]."""
+    return torch.tensor(frames, dtype=torch.float32).div_(255.0)
+
+
+def crop_to_grid(images: Tensor, grid: Grid, *, multiple_px: int) -> Tensor:
+    """The middle of the frames with sides that are multiples of ``multiple_px``, without the last frames that the
+    codec cannot take. What is cut off is logged; too small a video is a SettingsError."""
+    num_frames, height, width = images.shape[:3]
+    kept_frames = grid.num_frames(grid.num_latent_frames(num_frames))
+    kept_height, kept_width = height // multiple_px * multiple_px, width // multiple_px * multiple_px
+    if 0 in (kept_frames, kept_height, kept_width):
+        raise SettingsError(
+            "The video is too small to encode",
+            given=f"{num_frames} frames of {width} x {height} px",
+            expected=f"at least {grid.num_frames(1)} frames of {multiple_px} x {multiple_px} px",
+        )
+    if (kept_frames, kept_height, kept_width) != (num_frames, height, width):
+        log.warning(
+            "cropped %d frames of %d x %d px to %d frames of %d x %d px, which the VAE can encode",
+            *(num_frames, width, height, kept_frames, kept_width, kept_height),
+        )
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    return images[:kept_frames, top : top + kept_height, left : left + kept_width]
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

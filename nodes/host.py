@@ -1,0 +1,279 @@
+"""Who runs the nodes: ComfyUI or this process itself. The only file that imports ComfyUI, and only inside functions.
+
+Nodes ask :func:`current` for the core's host (device, room, progress, preview, cancel) and for what only nodes
+need: lists for the combos, input files, and where a video is saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..vidgen_core.errors import FileError, UserError
+from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_models
+from ..vidgen_core.weights.header import read_header
+
+VIDEO_ENDINGS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"})
+
+
+class NodeHost(Host, Protocol):
+    """The core's host and what nodes need besides."""
+
+    def names(self, kind: str) -> list[str]:
+        """Checkpoints of ``kind`` ("network", "codec", "text") for a loader's list, the bundled ones first."""
+        ...
+
+    def model_folders(self) -> dict[str, Path]:
+        """name -> folder that holds all parts of a model, the bundled ones first."""
+        ...
+
+    def find_model_folder(self, name: str) -> Path:
+        """The folder that the user calls ``name``; FileError if there is none."""
+        ...
+
+    def input_videos(self) -> list[str]:
+        """Names for the list of Load Video."""
+        ...
+
+    def find_input(self, name: str) -> Path:
+        """The file of an input video; FileError if there is none."""
+        ...
+
+    def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
+        """(file to write, its folder relative to the output folder); the file does not exist yet, its folder does."""
+        ...
+
+    def resume_path(self, node_id: str) -> Path | None:
+        """Where the node keeps an interrupted run; None if runs are not kept."""
+        ...
+
+
+_host: ContextVar[NodeHost | None] = ContextVar("vidgen_host", default=None)
+
+
+def current() -> NodeHost:
+    """The host set with :func:`using`, else ComfyUI's where it runs, else a plain local one."""
+    host = _host.get()
+    if host is not None:
+        return host
+    # ComfyUI has loaded its model manager long before any pack; merely being installable does not count.
+    return ComfyHost() if "comfy.model_management" in sys.modules else LocalNodeHost()
+
+
+@contextmanager
+def using(host: NodeHost) -> Iterator[NodeHost]:
+    """Run the nodes of this thread under ``host``."""
+    token = _host.set(host)
+    try:
+        yield host
+    finally:
+        _host.reset(token)
+
+
+# --- what both hosts share ------------------------------------------------------------------------------------------
+
+
+def bundled_names(kind: str) -> list[str]:
+    """``model/file`` of each bundled checkpoint of ``kind``; told from the headers, so a damaged file is left out."""
+    names = []
+    for model, folder in bundled_models().items():
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                part = read_header(path).metadata.get("vidgen.part")
+            except UserError:  # it must not hide the others; loading it by name says what is wrong
+                continue
+            if part == kind:
+                names.append(f"{model}/{path.name}")
+    return names
+
+
+def find_bundled(name: str) -> Path | None:
+    model, _, file = name.replace("\\", "/").partition("/")
+    folder = bundled_models().get(model)
+    # Only a plain file name: a workflow from elsewhere must not reach out of the folder.
+    return folder / file if folder and file == Path(file).name and (folder / file).is_file() else None
+
+
+def known_folder(host: NodeHost, name: str) -> Path:
+    """A folder of ``host.model_folders()``; FileError with the names that exist."""
+    folders = host.model_folders()
+    if name not in folders:
+        raise FileError(
+            "There is no such model", given=name, expected="one of " + (", ".join(folders) or "none at all")
+        )
+    return folders[name]
+
+
+def numbered(folder: Path, stem: str, suffix: str) -> Path:
+    """``stem_00001.mp4`` with the first number above all that are there."""
+    pattern = re.compile(re.escape(stem) + r"_(\d+)_?\.\w+")
+    taken = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+    return folder / f"{stem}_{max(taken, default=0) + 1:05d}{suffix}"
+
+
+# --- without ComfyUI ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalNodeHost(LocalHost):
+    """Plain Python and the command line: files are named by path, videos go to a folder or to one exact file."""
+
+    output_folder: Path = Path("output")
+    output_file: Path | None = None
+    """the first video saved goes here; more of them get ``_2``, ``_3``, ... before the ending"""
+    keep_runs: bool = False
+    """keep an interrupted run beside ``output_file``, to be taken up by the same command"""
+    _saved: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def names(self, kind: str) -> list[str]:
+        found = [path for root in self.folders for path in (root / FOLDERS[kind]).glob("**/*.safetensors")]
+        return bundled_names(kind) + sorted(path.name for path in found)
+
+    def model_folders(self) -> dict[str, Path]:
+        own = {path.parent.name: path.parent for root in self.folders for path in root.glob("*/*.safetensors")}
+        return bundled_models() | {name: own[name] for name in sorted(own.keys() - FOLDERS.values())}
+
+    def find_model_folder(self, name: str) -> Path:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else known_folder(self, name)
+
+    def input_videos(self) -> list[str]:
+        return []
+
+    def find_input(self, name: str) -> Path:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileError("There is no such video", given=name, expected="a path to a video file")
+        return path
+
+    def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
+        if self.output_file is None:
+            folder, stem = self.output_folder / Path(prefix).parent, Path(prefix).name or "VidGen"
+            make_folder(folder)
+            return numbered(folder, stem, suffix), Path(prefix).parent.as_posix().removeprefix(".")
+        number = next(self._saved)
+        file = self.output_file
+        return (file if number == 1 else file.with_name(f"{file.stem}_{number}{file.suffix}")), ""
+
+    def resume_path(self, node_id: str) -> Path | None:
+        if not self.keep_runs or self.output_file is None:
+            return None
+        return self.output_file.with_name(f"{self.output_file.name}.{node_id}.unfinished")
+
+
+def make_folder(folder: Path) -> None:
+    """mkdir -p; FileError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"The folder cannot be made ({error.strerror})", given=folder) from error
+
+
+# --- inside ComfyUI -------------------------------------------------------------------------------------------------
+
+
+class ComfyHost:
+    """ComfyUI's model manager, progress bar, interrupt button and folders."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._total = 0
+        self._done = 0
+
+    def device(self) -> torch.device:
+        import comfy.model_management
+
+        return comfy.model_management.get_torch_device()
+
+    def make_room(self, num_bytes: int) -> None:
+        import comfy.model_management
+
+        comfy.model_management.free_memory(num_bytes, self.device())
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        import comfy.utils
+
+        if self._bar is None or total != self._total:
+            self._bar, self._total = comfy.utils.ProgressBar(total), total
+        self._done = done
+        self._bar.update_absolute(done, total)
+
+    def preview(self, frames: Callable[[], Tensor]) -> None:
+        """A contact sheet of the frames through the ordinary preview channel, which every frontend shows."""
+        from PIL import Image
+
+        if self._bar is None:
+            return
+        sheet = contact_sheet(frames())
+        self._bar.update_absolute(self._done, self._total, ("JPEG", Image.fromarray(sheet.numpy()), 512))
+
+    def check_cancelled(self) -> None:
+        import comfy.model_management
+
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def names(self, kind: str) -> list[str]:
+        import folder_paths
+
+        return bundled_names(kind) + folder_paths.get_filename_list(FOLDERS[kind])
+
+    def find(self, kind: str, name: str) -> Path:
+        import folder_paths
+
+        found = find_bundled(name) or folder_paths.get_full_path(FOLDERS[kind], name)
+        if found is None:
+            place = f"ComfyUI/models/{FOLDERS[kind]}"
+            raise FileError("There is no such checkpoint", given=name, expected=f"a file in {place}", do="press R")
+        return Path(found)
+
+    def model_folders(self) -> dict[str, Path]:
+        import folder_paths
+
+        root = Path(folder_paths.models_dir) / "vidgen"
+        own = sorted({path.parent for path in root.glob("*/*.safetensors")}) if root.is_dir() else []
+        return bundled_models() | {folder.name: folder for folder in own}
+
+    def find_model_folder(self, name: str) -> Path:
+        return known_folder(self, name)
+
+    def input_videos(self) -> list[str]:
+        import folder_paths
+
+        folder = Path(folder_paths.get_input_directory())
+        return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in VIDEO_ENDINGS)
+
+    def find_input(self, name: str) -> Path:
+        import folder_paths
+
+        if not folder_paths.exists_annotated_filepath(name):
+            raise FileError("There is no such video", given=name, expected="a file in ComfyUI/input")
+        return Path(folder_paths.get_annotated_filepath(name))
+
+    def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
+        import folder_paths
+
+        root = folder_paths.get_output_directory()
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
+        return Path(folder) / f"{stem}_{counter:05}_{suffix}", subfolder
+
+    def resume_path(self, node_id: str) -> Path | None:
+        return None  # interrupting in ComfyUI means that the run is not wanted
+
+
+def contact_sheet(frames: Tensor, *, num_columns: int = 4) -> Tensor:
+    """(T, H, W, 3) uint8 -> one picture (rows * H, columns * W, 3) with up to ``num_columns`` frames a row."""
+    num_columns = min(num_columns, len(frames))
+    missing = -len(frames) % num_columns
+    frames = torch.cat([frames, frames.new_zeros(missing, *frames.shape[1:])])
+    rows = frames.unflatten(0, (-1, num_columns))
+    return rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)

@@ -1,0 +1,170 @@
+"""Load the parts of a model: network, VAE, text encoders, or all of them from one folder.
+
+torch and the core are imported when a node runs, so that loading the pack costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..vidgen_core.errors import UserError
+from .wires import CATEGORY, MODEL, TEXT, VAE
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+DTYPE_INPUT = (
+    DTYPES,
+    {
+        "default": "auto",
+        "tooltip": "Number format of the weights. auto: float32 on a CPU, on a GPU what the file has.",
+    },
+)
+
+
+def names(kind: str) -> list[str]:
+    """The list of a loader's combo."""
+    from .host import current
+
+    return current().names(kind)
+
+
+def found(kind: str, name: str) -> bool | str:
+    """True if the host has this file, else why not: for VALIDATE_INPUTS, whose words ComfyUI does show."""
+    from .host import current
+
+    try:
+        current().find(kind, name)
+    except UserError as error:
+        return str(error)
+    return True
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """None for auto."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+class LoadModel:
+    CATEGORY = f"{CATEGORY}/loaders"
+    DESCRIPTION = "Loads a video diffusion network. The file itself says what it is; its name does not matter."
+    SEARCH_ALIASES = ["hunyuan", "diffusion model", "checkpoint", "unet"]
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The network with the settings that its checkpoint recommends.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tooltip = "A diffusion network (.safetensors) from models/diffusion_models, or a bundled one."
+        return {
+            "required": {"model_name": (names("network"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_name: str) -> bool | str:
+        return found("network", model_name)
+
+    def load(self, model_name: str, weight_dtype: str) -> tuple[Any]:
+        from ..vidgen_core.model import load_network
+        from .host import current
+
+        host = current()
+        path = host.find("network", model_name)
+        host.make_room(path.stat().st_size)
+        return (load_network(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+
+
+class LoadVAE:
+    CATEGORY = f"{CATEGORY}/loaders"
+    DESCRIPTION = "Loads a video VAE, which turns latents into frames and frames into latents."
+    SEARCH_ALIASES = ["hunyuan vae", "video vae"]
+    RETURN_TYPES = (VAE,)
+    RETURN_NAMES = ("vae",)
+    OUTPUT_TOOLTIPS = ("The VAE, for Empty Latent, Encode Video and Decode.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tooltip = "A video VAE (.safetensors) from models/vae, or a bundled one."
+        return {"required": {"vae_name": (names("codec"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, vae_name: str) -> bool | str:
+        return found("codec", vae_name)
+
+    def load(self, vae_name: str, weight_dtype: str) -> tuple[Any]:
+        from ..vidgen_core.model import load_codec
+        from .host import current
+
+        host = current()
+        path = host.find("codec", vae_name)
+        return (load_codec(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+
+
+class LoadTextEncoders:
+    CATEGORY = f"{CATEGORY}/loaders"
+    DESCRIPTION = "Loads the text encoders that turn a prompt into what the network reads."
+    SEARCH_ALIASES = ["llama", "clip", "text encoder"]
+    RETURN_TYPES = (TEXT,)
+    RETURN_NAMES = ("text_encoders",)
+    OUTPUT_TOOLTIPS = ("The text encoders, for Encode Prompt.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tooltip = "Text encoders (.safetensors) from models/text_encoders, or bundled ones."
+        return {"required": {"text_name": (names("text"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, text_name: str) -> bool | str:
+        return found("text", text_name)
+
+    def load(self, text_name: str, weight_dtype: str) -> tuple[Any]:
+        from ..vidgen_core.model import load_text
+        from .host import current
+
+        host = current()
+        path = host.find("text", text_name)
+        host.make_room(path.stat().st_size)
+        return (load_text(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+
+
+class LoadAll:
+    CATEGORY = f"{CATEGORY}/loaders"
+    DESCRIPTION = "Loads network, VAE and text encoders from one folder; each file is recognised by what is inside it."
+    SEARCH_ALIASES = ["checkpoint loader", "bundle", "hunyuan"]
+    RETURN_TYPES = (MODEL, VAE, TEXT)
+    RETURN_NAMES = ("model", "vae", "text_encoders")
+    OUTPUT_TOOLTIPS = ("The network.", "The VAE.", "The text encoders.")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        from .host import current
+
+        folders = list(current().model_folders())
+        tooltip = "A bundled model, or a folder in models/vidgen that holds the three parts."
+        return {"required": {"model_folder": (folders, {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model_folder: str) -> bool | str:
+        from .host import current
+
+        try:
+            current().find_model_folder(model_folder)
+        except UserError as error:
+            return str(error)
+        return True
+
+    def load(self, model_folder: str, weight_dtype: str) -> tuple[Any, Any, Any]:
+        from ..vidgen_core.generate import load_bundle
+        from .host import current
+
+        host = current()
+        folder = host.find_model_folder(model_folder)
+        bundle = load_bundle(folder, dtype=torch_dtype(weight_dtype), host=host)
+        return bundle.model, bundle.codec, bundle.text

@@ -1,0 +1,182 @@
+"""Frames: out of latents, into latents, to a file and from one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..vidgen_core.errors import UserError
+from .wires import CATEGORY, VAE, Latent, codec_latent, codec_scale, video_samples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ["mp4", "webm", "gif", "webp"]
+
+
+class Decode:
+    CATEGORY = f"{CATEGORY}/latent"
+    DESCRIPTION = "Turns latents into frames. Takes latents of native nodes, too."
+    SEARCH_ALIASES = ["vae decode", "video decode"]
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_TOOLTIPS = ("The frames; the videos of a batch follow each other.",)
+    FUNCTION = "decode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "vae": (VAE, {"tooltip": "The VAE of the model that made the latents."}),
+                "latent": ("LATENT", {"tooltip": "Finished latents."}),
+            }
+        }
+
+    def decode(self, vae: Any, latent: Latent) -> tuple[Tensor]:
+        from ..vidgen_core.generate import decode_latents
+        from ..vidgen_core.media import video_to_images
+        from .host import current
+
+        samples = video_samples(latent) * codec_scale(vae)
+        return (video_to_images(decode_latents(vae, samples, host=current())),)
+
+
+class EncodeVideo:
+    CATEGORY = f"{CATEGORY}/latent"
+    DESCRIPTION = "Turns frames into latents, e.g. to change a video with a denoise below 1."
+    SEARCH_ALIASES = ["vae encode", "video to video", "img2vid"]
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("The latents of the video.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        fit = (
+            "crop takes the middle of frames that are not a multiple of 16 px, and leaves out last frames so that "
+            "1, 5, 9, ... remain; strict refuses them."
+        )
+        return {
+            "required": {
+                "vae": (VAE, {"tooltip": "The VAE of the model that will use the latents."}),
+                "images": ("IMAGE", {"tooltip": "The frames of one video."}),
+                "fit": (["crop", "strict"], {"default": "crop", "tooltip": fit}),
+            }
+        }
+
+    def encode(self, vae: Any, images: Tensor, fit: str) -> tuple[Latent]:
+        import torch
+
+        from ..vidgen_core.media import crop_to_grid, images_to_video
+
+        if fit == "crop":
+            images = crop_to_grid(images, vae.grid, multiple_px=16)
+        with torch.inference_mode():
+            return (codec_latent(vae, vae.encode(images_to_video(images))),)
+
+
+class SaveVideo:
+    CATEGORY = f"{CATEGORY}/video"
+    DESCRIPTION = "Saves frames as a video that carries its workflow: drop the mp4 onto the canvas to get it back."
+    SEARCH_ALIASES = ["video combine", "export", "mp4", "save webm"]
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        fps = {"default": 8.0, "min": 0.1, "max": 240.0, "step": 0.1, "round": 0.001, "tooltip": "Frames per second."}
+        prefix = "Begin of the file name; a slash makes a folder. A number is added."
+        formats = "mp4 plays everywhere; mp4 and webm carry the workflow, gif and webp do not."
+        crf = "Quality of mp4 and webm: 0 is lossless, 17 looks it, 51 is worst."
+        return {
+            "required": {
+                "images": ("IMAGE", {"tooltip": "The frames."}),
+                "fps": ("FLOAT", fps),
+                "filename_prefix": ("STRING", {"default": "video/VidGen", "tooltip": prefix}),
+                "format": (FORMATS, {"default": "mp4", "tooltip": formats}),
+                "crf": ("INT", {"default": 17, "min": 0, "max": 51, "tooltip": crf}),
+            },
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    def save(
+        self,
+        images: Tensor,
+        fps: float,
+        filename_prefix: str,
+        format: str,  # noqa: A002  the widget's name
+        crf: int,
+        prompt: Any = None,
+        extra_pnginfo: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        from ..vidgen_core.media import images_to_frames, write_video
+        from .host import current
+
+        host = current()
+        path, subfolder = host.output_path(filename_prefix, f".{format}")
+        tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
+        metadata = {key: json.dumps(value) for key, value in tags.items()}
+        write_video(path, watched(images_to_frames(images), len(images), host), fps=fps, metadata=metadata, crf=crf)
+        shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
+        return {"ui": {"images": [shown], "animated": (True,)}}
+
+
+def watched(frames: Any, total: int, host: Any) -> Any:
+    """The frames, with progress and a look at the cancel button before each."""
+    for number, frame in enumerate(frames):
+        host.check_cancelled()
+        yield frame
+        host.progress("save", number + 1, total)
+
+
+class LoadVideo:
+    CATEGORY = f"{CATEGORY}/video"
+    DESCRIPTION = "Reads the frames of a video file."
+    SEARCH_ALIASES = ["import video", "video input"]
+    RETURN_TYPES = ("IMAGE", "FLOAT", "INT")
+    RETURN_NAMES = ("images", "fps", "num_frames")
+    OUTPUT_TOOLTIPS = ("The frames.", "Frames per second of the file.", "How many frames were read.")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        from .host import current
+
+        tooltip = "A file in the input folder; in the headless host a path."
+        first = "Frames to leave out at the start."
+        most = "Frames to read at most; 0 reads to the end."
+        return {
+            "required": {
+                "video": (current().input_videos(), {"video_upload": True, "tooltip": tooltip}),
+                "start_frame": ("INT", {"default": 0, "min": 0, "max": 10**6, "tooltip": first}),
+                "max_frames": ("INT", {"default": 0, "min": 0, "max": 10**6, "tooltip": most}),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, video: str) -> bool | str:
+        from .host import current
+
+        try:
+            current().find_input(video)
+        except UserError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, video: str, **_: Any) -> float:
+        """A file with the same name may have been replaced."""
+        from .host import current
+
+        return os.path.getmtime(current().find_input(video))
+
+    def load(self, video: str, start_frame: int, max_frames: int) -> tuple[Tensor, float, int]:
+        from ..vidgen_core.media import frames_to_images, read_video
+        from .host import current
+
+        path: Path = current().find_input(video)
+        frames, fps = read_video(path, start=start_frame, num_frames=max_frames or None)
+        return frames_to_images(frames), fps, len(frames)

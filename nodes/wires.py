@@ -1,0 +1,97 @@
+"""What travels between the nodes besides ComfyUI's own types, and the conventions of LATENT.
+
+A LATENT is ComfyUI's dict with ``samples`` (B, C, T, H, W): raw latents as the VAE makes them, on the CPU, not at
+the unit scale that the network sees. So native nodes and ours take each other's. Our own also carry
+``vidgen_scale``, because a checkpoint may have another scale than its family's published one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..vidgen_core.errors import CheckpointError, SettingsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..vidgen_core.codec import Codec
+    from ..vidgen_core.model import VideoModel
+
+CATEGORY = "VidGen"
+MODEL, VAE, TEXT, COND = "VIDGEN_MODEL", "VIDGEN_VAE", "VIDGEN_TEXT", "VIDGEN_COND"
+
+_SCALE = "vidgen_scale"
+
+Latent = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A VIDGEN_COND: the text encoders' features, which the sampler turns into the network's conditioning."""
+
+    prompt: str
+    features: Any
+    """the family's own dataclass of tensors"""
+    text_config: Any
+    """of the encoders, to tell whether they belong to the network"""
+
+
+def check_text(model: VideoModel, encoded: EncodedPrompt) -> None:
+    """Raise CheckpointError unless the prompt was encoded by encoders that this network was trained with."""
+    problem = model.family.fits_text(model.config, encoded.text_config)
+    if problem:
+        raise CheckpointError(
+            "The text encoders do not belong to this network", given=problem, do="load both from one model"
+        )
+
+
+def codec_latent(codec: Codec, latents: Tensor) -> Latent:
+    """Latents at unit scale (B, C, T, H, W) as a LATENT."""
+    return raw_latent(latents, codec_scale(codec))
+
+
+def raw_latent(latents: Tensor, scale: float) -> Latent:
+    return {"samples": (latents.float() / scale).cpu(), _SCALE: scale}
+
+
+def codec_scale(codec: Codec) -> float:
+    """Latents at unit scale = scale * raw latents."""
+    return codec.config.scaling_factor  # type: ignore[attr-defined]
+
+
+def latent_scale(latent: Latent, model: VideoModel) -> float:
+    """The scale of a LATENT: its own, else the one that the model's family has published."""
+    return latent.get(_SCALE) or model.family.parts["codec"].config().scaling_factor
+
+
+def video_samples(latent: Latent) -> Tensor:
+    """The (B, C, T, H, W) tensor of a LATENT; an image's (B, C, H, W) becomes one frame."""
+    samples = latent["samples"]
+    if samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if samples.ndim != 5:
+        raise SettingsError(
+            "These are not video latents", given=f"shape {tuple(samples.shape)}", expected="5 dimensions"
+        )
+    return samples
+
+
+def check_latents(model: VideoModel, samples: Tensor) -> None:
+    """Raise SettingsError unless the network can take latents of this shape: the wrong VAE or an odd size."""
+    channels = model.family.latent_channels(model.config)
+    if samples.shape[1] != channels:
+        raise SettingsError(
+            "These latents belong to another kind of model",
+            given=f"{samples.shape[1]} channels",
+            expected=f"{channels} channels, as {model.family.title} has",
+            do="make them with Empty Latent and the VAE of the same model",
+        )
+    for name, size, step in zip(("frames", "height", "width"), samples.shape[2:], model.family.patch(model.config)):  # noqa: B905
+        if size % step:
+            raise SettingsError(
+                f"The {name} of the latents cannot be cut into the network's patches",
+                given=f"{size} latents",
+                expected=f"a multiple of {step}",
+                do="choose a width and a height that are multiples of 16" if name != "frames" else None,
+            )
