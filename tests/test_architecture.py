@@ -43,10 +43,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "families.*": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families"},
     "keyframes": BASE | {"codec"},
     "model": BASE | MATHS | PARTS | {"families", "preview"},
-    "generate": BASE
-    | MATHS
-    | PARTS
-    | {"families", "keyframes", "media", "model", "preview", "resume", "text", "tiling"},
+    "bundle": BASE | PARTS | {"families", "model", "preview"},
+    "generate": BASE | MATHS | PARTS | {"bundle", "families", "keyframes", "model", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),
     "training": frozenset({"core"}),

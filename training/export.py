@@ -12,8 +12,12 @@ import torch
 from torch import nn
 
 from ..vidgen_core.errors import FileError
+from ..vidgen_core.families.hunyuan.codec import HunyuanCodec
 from ..vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
 from ..vidgen_core.families.hunyuan.text import TextStack
+from ..vidgen_core.families.hunyuan.vae import CausalVAE
+from ..vidgen_core.preview import METADATA_KEY as PREVIEW_KEY
+from ..vidgen_core.preview import LatentRGB, fit_preview
 from ..vidgen_core.types import Defaults
 from ..vidgen_core.weights.save import save_checkpoint
 
@@ -29,11 +33,19 @@ def export_network(
     config: NetworkConfig,
     defaults: Defaults,
     *,
+    preview: LatentRGB | None = None,
     dtype: torch.dtype | None = None,
     **notes: str,
 ) -> None:
-    """The diffusion network (or its EMA's state dict). ``notes`` become ``modelspec.`` metadata (title, author, ...)."""
+    """The diffusion network, or the state dict of its moving average.
+
+    Args:
+        preview: how unfinished latents are shown (``fit_preview(codec)``).
+        notes: become ``modelspec.`` metadata: title, author, description, license, ...
+    """
     metadata = {"vidgen.defaults": json.dumps(asdict(defaults)), **_notes(notes)}
+    if preview is not None:
+        metadata[PREVIEW_KEY] = preview.to_json()
     _save(path, network, part="network", config=config, metadata=metadata, dtype=dtype)
 
 
@@ -53,7 +65,7 @@ def export_bundle(
     folder: Path,
     *,
     network: tuple[nn.Module | State, NetworkConfig, Defaults],
-    codec: tuple[nn.Module | State, CodecConfig],
+    codec: tuple[CausalVAE, CodecConfig],
     text: TextStack,
     dtype: torch.dtype | None = None,
     **notes: str,
@@ -64,7 +76,8 @@ def export_bundle(
     except OSError as error:
         raise FileError(f"The folder cannot be made ({error.strerror})", given=folder) from error
     paths = {part: folder / name for part, name in FILES.items()}
-    export_network(paths["network"], *network, dtype=dtype, **notes)
+    preview = fit_preview(HunyuanCodec(*codec))
+    export_network(paths["network"], *network, preview=preview, dtype=dtype, **notes)
     export_codec(paths["codec"], *codec, dtype=dtype, **notes)
     export_text(paths["text"], text, dtype=dtype, **notes)
     return paths

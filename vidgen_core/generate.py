@@ -7,34 +7,35 @@ node runs one.
 from __future__ import annotations
 
 import contextlib
-import logging
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .bundle import Bundle
+from .bundle import load_bundle as load_bundle  # the way in, offered here with the rest of the path
 from .codec import Codec
 from .diffusion import Diffusion
-from .errors import CheckpointError, FileError, NumericsError, SettingsError
-from .families import TITLES, TextEncoder, identify
+from .errors import NumericsError, SettingsError
+from .families import TextEncoder
 from .guidance import cfg, cfg_schedule
-from .memory.host import Host, LocalHost, bundled_models
-from .model import VideoModel, build_part, denoiser, denoiser_pair, inspect_header, network_of
+from .memory.host import Host, LocalHost, available_cores
+from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
-from .preview import LatentRGB, fit_preview
+from .preview import LatentRGB
 from .resume import RunFile
 from .sampling import SAMPLERS, StepInfo, sample
 from .timesteps import SCHEDULES, schedule, unknown_name
 from .types import Conditioning, Defaults, Denoise, VideoShape
-from .weights.header import Header, read_header
-
-log = logging.getLogger("vidgen")
 
 MAX_BATCH = 64
+SMALL_FLOPS = 4e10
+"""a forward below this takes one core about a second"""
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -73,8 +74,10 @@ class Sampling:
     """videos per prompt"""
     denoise: float = 1.0
     """below 1: start from given latents, noised to this strength"""
-    threads: int | None = None
-    """CPU threads while computing; None leaves torch's own setting alone"""
+    samples_at_once: int | None = None
+    """samples per forward; None: one on a CPU, where more gain nothing and change the rounding, all on a GPU"""
+    threads: int | Literal["auto"] | None = "auto"
+    """CPU threads while computing; "auto": one for small work, else every core; None leaves torch's setting alone"""
     resume_path: Path | None = None
     """where an interrupted run is kept and taken up again"""
 
@@ -96,7 +99,9 @@ class Sampling:
         cfg_schedule(self.cfg_schedule, self.cfg, start=self.cfg_start, end=self.cfg_end)
         _check_whole("seed", self.seed, low=0, high=2**64 - 1)
         _check_whole("number of videos", self.num_videos, low=1, high=MAX_BATCH)
-        if self.threads is not None:
+        if self.samples_at_once is not None:
+            _check_whole("number of samples at once", self.samples_at_once, low=1, high=MAX_BATCH)
+        if self.threads not in (None, "auto"):
             _check_whole("number of threads", self.threads, low=1, high=1024)
         if not isinstance(self.negative_prompt, str):
             raise SettingsError("The negative prompt is not a text", given=repr(self.negative_prompt))
@@ -113,7 +118,8 @@ def _check_number(name: str, value: object, *, low: float, high: float) -> None:
 def _check_whole(name: str, value: object, *, low: int, high: int) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not low <= value <= high:  # type: ignore[operator]
-        raise SettingsError(f"The {name} cannot be used", given=repr(value), expected=f"a whole number, {low} to {high}")
+        expected = f"a whole number from {low} to {high}"
+        raise SettingsError(f"The {name} cannot be used", given=repr(value), expected=expected)
 
 
 def check_prompts(prompt: object) -> list[str]:
@@ -129,160 +135,23 @@ def check_prompts(prompt: object) -> list[str]:
     return list(prompts)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, kw_only=True)
-class Bundle:
-    """Network, VAE and text encoders that belong together."""
-
-    model: VideoModel
-    codec: Codec
-    text: TextEncoder
-    headers: dict[str, Header] = field(default_factory=dict)
-    """part -> the file it came from"""
-    preview: LatentRGB | None = None
-
-    @property
-    def default_shape(self) -> VideoShape:
-        defaults = self.model.defaults
-        return VideoShape(
-            num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px
-        )
-
-    def info(self) -> dict[str, Any]:
-        """part -> what ``inspect_file`` says of its file."""
-        return {part: inspect_header(header) for part, header in self.headers.items()}
-
-    def latent_rgb(self) -> LatentRGB:
-        """The preview matrix: the checkpoint's, else fitted to the VAE at the first call."""
-        if self.preview is None:
-            self.preview = self.model.preview or fit_preview(self.codec)
-        return self.preview
-
-
-Source = str | Path | Sequence[str | Path] | None
-
-
-def load_bundle(
-    source: Source = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    host: Host | None = None,
-) -> Bundle:
-    """All three parts of a model, wherever each one is recognised by its content.
-
-    Args:
-        source: a folder of safetensors, the name of a bundled model, or the files; None takes the first bundled one.
-        dtype: of the weights; None chooses for the device.
-        device: None asks the host.
-
-    Raises:
-        FileError, CheckpointError: a part is missing, is there twice, is damaged, or does not fit the others.
-    """
-    host = host or LocalHost()
-    device = torch.device(device) if device is not None else host.device()
-    headers = _sort_parts(_files(source))
-    found = {part: identify(header) for part, header in headers.items()}
-    families = {item.family.name for item in found.values()}
-    if len(families) > 1:
-        raise CheckpointError(
-            "The parts belong to different families",
-            given=", ".join(f"{item.title} in {headers[part].path}" for part, item in found.items()),
-            do="use network, VAE and text encoders of one family",
-        )
-    _check_fit(headers, found)
-    for header in headers.values():
-        host.make_room(header.num_bytes)
-    codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
-    family = found["codec"].family
-    return Bundle(
-        model=network_of(headers["network"], found["network"], dtype=dtype, device=device),
-        codec=family.codec(codec_module, found["codec"].config),
-        text=build_part(headers["text"], found["text"], dtype=dtype, device=device),  # type: ignore[arg-type]
-        headers=headers,
-    )
-
-
-def _files(source: Source) -> list[Path]:
-    if source is None:
-        bundled = bundled_models()
-        if not bundled:
-            raise FileError("No checkpoint comes with this installation", do="name a folder or files")
-        return _files(next(iter(bundled.values())))
-    if not isinstance(source, (str, Path)):
-        return [Path(item) for item in source]
-    path = Path(source).expanduser()
-    if not path.exists() and str(source) in bundled_models():
-        path = bundled_models()[str(source)]
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileError("There is no checkpoint in this folder", given=path, expected="*.safetensors files")
-        return files
-    if not path.exists():
-        names = ", ".join(bundled_models()) or "none"
-        raise FileError("There is no such model", given=source, expected=f"a folder, files, or a bundled name ({names})")
-    return [path]
-
-
-def _sort_parts(files: Sequence[Path]) -> dict[str, Header]:
-    """part -> header. A folder may hold other files, as long as each part is there exactly once."""
-    headers: dict[str, Header] = {}
-    problems: list[CheckpointError] = []
-    for path in files:
-        try:
-            header = read_header(path)
-            part = identify(header).part
-        except CheckpointError as problem:
-            problems.append(problem)
-            continue
-        if part in headers:
-            raise CheckpointError(
-                f"There are two files with a {TITLES[part]}",
-                given=f"{headers[part].path} and {path}",
-                do="name the three files to use instead of the folder",
-            )
-        headers[part] = header
-    missing = [part for part in TITLES if part not in headers]
-    if missing and problems:
-        raise problems[0]
-    if missing:
-        raise CheckpointError(
-            f"The model lacks its {' and '.join(TITLES[part] for part in missing)}",
-            given=", ".join(str(path) for path in files),
-            expected="one file each for network, VAE and text encoders",
-        )
-    return headers
-
-
-def _check_fit(headers: dict[str, Header], found: dict[str, Any]) -> None:
-    family, config = found["network"].family, found["network"].config
-    wanted, given = family.latent_channels(config), family.grid(found["codec"].config).channels
-    if wanted != given:
-        raise CheckpointError(
-            "The VAE does not belong to this network",
-            given=f"{given} latent channels in {headers['codec'].path}",
-            expected=f"{wanted}, as {headers['network'].path} has",
-        )
-    problem = family.fits_text(config, found["text"].config)
-    if problem:
-        raise CheckpointError(
-            "The text encoders do not belong to this network", given=problem, do="use the files of one model"
-        )
-
-
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
 def encode_prompts(
     text: TextEncoder, model: VideoModel, prompts: Sequence[str], *, guidance: float | None = None, image: bool = False
 ) -> Conditioning:
-    """What the network is told for these prompts, on its device; ``image`` takes the template for single frames."""
+    """What the network is told for these prompts, on its device; ``image`` takes the template for single frames.
+
+    Each distinct prompt is encoded once and on its own, so that its features do not depend on its neighbours.
+    """
     with torch.inference_mode():
-        features = text.encode(list(prompts), image_mode=image)
-        return model.conditioning(features, guidance=guidance).to(model.device)
+        known: dict[str, Conditioning] = {}
+        for prompt in prompts:
+            if prompt not in known:
+                features = text.encode([prompt], image_mode=image)
+                known[prompt] = model.conditioning(features, guidance=guidance).to(model.device)
+        return join(*(known[prompt] for prompt in prompts))
 
 
 def sample_latents(
@@ -309,7 +178,8 @@ def sample_latents(
         identity: what else must be equal for a saved run to be taken up again (prompt, ...).
 
     Returns:
-        (B, C, T, H, W) float32 on the model's device.
+        (B, C, T, H, W) float32 on the model's device. The file at ``settings.resume_path`` stays, so that decoding
+        may be stopped too; the caller removes it once the result is safe.
 
     Raises:
         SettingsError: before anything is computed.
@@ -321,7 +191,7 @@ def sample_latents(
     run = _run_file(model, positive, negative, shape, settings, identity)
     latents = _sample(model, positive, negative, shape, settings, host=host, start=start, preview=preview, run=run)
     if run is not None:
-        run.remove()
+        run.save()
     return latents
 
 
@@ -351,10 +221,11 @@ def _sample(
         host.check_cancelled()
 
     saving = contextlib.nullcontext() if run is None else run.saved_on_failure()
-    with torch.inference_mode(), _threads(settings.threads), watched(model.network, host), saving:
+    threads = using_threads(choose_threads(settings, model, shape))
+    with torch.inference_mode(), threads, watched(model.network, host), saving:
         host.check_cancelled()
         host.progress("sample", 0 if state is None else state.step, len(ts) - 1)
-        denoise = _denoise(model, positive, negative, settings)
+        denoise = _denoise(model, positive, negative, settings, shape[0])
         x = _start(model, noise, shape, ts, start, settings)
         return sample(
             settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step
@@ -378,16 +249,37 @@ def _start(
 
 
 def _denoise(
-    model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling
+    model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling, batch: int
 ) -> Denoise:
-    if settings.cfg == 1.0:
-        return denoiser(model, positive)
-    if negative is None:
+    """The guided denoiser for the whole batch, run for some samples at a time."""
+    if settings.cfg != 1.0 and negative is None:
         raise SettingsError(
             "Guidance needs a negative prompt",
             given=f"cfg {settings.cfg}",
             do="give a negative prompt (an empty one is fine), or set cfg to 1",
         )
+    size = settings.samples_at_once or (1 if model.device.type == "cpu" else batch)
+    groups = [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
+    positive = positive.expand(batch)
+    negative = None if negative is None else negative.expand(batch)
+    parts = [
+        _guided(model, positive.take(group), None if negative is None else negative.take(group), settings)
+        for group in groups
+    ]
+    if len(parts) == 1:
+        return parts[0]
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        times = [t[group] if t.ndim and t.shape[0] == batch else t for group in groups]
+        return torch.cat([part(x_t[group], at) for part, group, at in zip(parts, groups, times, strict=True)])
+
+    return denoise
+
+
+def _guided(model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling) -> Denoise:
+    if negative is None or settings.cfg == 1.0:
+        return denoiser(model, positive)
+    assert settings.cfg is not None
     scale = cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
     if settings.cfg_batched:
         cond, uncond = denoiser_pair(model, positive, negative, both_at=lambda t: scale(t) != 1.0)
@@ -405,7 +297,7 @@ def decode_latents(codec: Codec, latents: Tensor, *, host: Host | None = None, t
     host = host or LocalHost()
     videos = []
     module = codec if isinstance(codec, nn.Module) else None
-    with torch.inference_mode(), _threads(threads), watched(module, host):
+    with torch.inference_mode(), using_threads(threads), watched(module, host):
         for index, one in enumerate(latents.split(1)):
             host.check_cancelled()
             host.progress("decode", index, len(latents))
@@ -449,7 +341,8 @@ def generate(
     assert settings.negative_prompt is not None
     latent_shape = (len(prompts), *shape.latent_shape(bundle.codec.grid))
 
-    with _threads(settings.threads):
+    threads = choose_threads(settings, model, latent_shape)
+    with using_threads(threads):
         host.progress("encode", 0, 1)
         image = shape.num_frames == 1
         positive = encode_prompts(bundle.text, model, prompts, guidance=settings.guidance, image=image)
@@ -464,7 +357,8 @@ def generate(
     latents = _sample(
         model, positive, negative, latent_shape, settings, host=host, start=None, preview=bundle.latent_rgb(), run=run
     )
-    video = decode_latents(bundle.codec, latents, host=host, threads=settings.threads)
+    with contextlib.nullcontext() if run is None else run.saved_on_failure():
+        video = decode_latents(bundle.codec, latents, host=host, threads=threads)
     if run is not None:
         run.remove()
     return video
@@ -484,7 +378,7 @@ def _run_file(
     """The file of an interrupted run, checked against this one; None when none is wanted."""
     if settings.resume_path is None:
         return None
-    outside = {"resume_path", "threads", "cfg_batched", "num_videos"}  # they do not change the result
+    outside = {"resume_path", "threads", "cfg_batched", "num_videos", "samples_at_once"}  # how, not what
     values = {key: value for key, value in asdict(settings).items() if key not in outside}
     known = identity if identity is not None else {"conditioning": fingerprint(positive, negative)}
     identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint}
@@ -493,8 +387,6 @@ def _run_file(
 
 def fingerprint(*conditionings: Conditioning | None) -> str:
     """A hash of every tensor inside."""
-    import hashlib
-
     hasher = hashlib.sha256()
 
     def add(tensor: Tensor) -> Tensor:
@@ -524,15 +416,29 @@ def watched(module: nn.Module | None, host: Host) -> Iterator[None]:
             hook.remove()
 
 
+def choose_threads(settings: Sampling, model: VideoModel, shape: Sequence[int]) -> int | None:
+    """CPU threads for a run, or None to leave torch's setting alone.
+
+    Small matrices on many threads spend their time waiting for each other, and on a busy machine that wait is
+    twenty times the work. The choice depends on nothing but the work, so that a seed keeps giving the same bits.
+    """
+    if settings.threads != "auto":
+        return settings.threads
+    if model.device.type != "cpu":
+        return None
+    tokens = math.prod(shape[2:]) // math.prod(model.family.patch(model.config))
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    return 1 if 2 * parameters * tokens < SMALL_FLOPS else available_cores()
+
+
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Compute with this many CPU threads, then as many as before."""
-    if number is None:
-        yield
-        return
+def using_threads(number: int | None) -> Iterator[None]:
+    """Compute with this many CPU threads, then as many as before; None changes nothing."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    if number is not None:
+        torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if number is not None:
+            torch.set_num_threads(before)

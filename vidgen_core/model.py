@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify
+from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .types import Conditioning, Defaults, Denoise, Held
@@ -114,46 +115,51 @@ def denoiser_pair(
     return conditional, unconditional
 
 
-def join(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Stack two conditionings of the same kind along the batch; the shorter text is padded and masked."""
-    context, mask = _join_context(first, second)
-    held = None
-    if first.held is not None and second.held is not None:
-        held = Held(
-            latents=torch.cat([first.held.latents, second.held.latents]),
-            mask=torch.cat([first.held.mask, second.held.mask]),
-        )
+def join(*conditionings: Conditioning) -> Conditioning:
+    """Stack conditionings of one model along the batch; shorter texts are padded and masked."""
+    first = conditionings[0]
+    if len(conditionings) == 1:
+        return first
+    context, mask = _join_contexts(conditionings)
+    held = [cond.held for cond in conditionings if cond.held is not None]
+    assert len(held) in (0, len(conditionings)), "conditionings of one model have the same fields"
     return replace(
         first,
         context=context,
         context_mask=mask,
-        pooled=_join_tensors(first.pooled, second.pooled),
-        concat=_join_tensors(first.concat, second.concat),
-        held=held,
-        scalars={name: torch.cat([value, second.scalars[name]]) for name, value in first.scalars.items()},
+        pooled=_join_tensors([cond.pooled for cond in conditionings]),
+        concat=_join_tensors([cond.concat for cond in conditionings]),
+        held=Held(latents=torch.cat([h.latents for h in held]), mask=torch.cat([h.mask for h in held]))
+        if held
+        else None,
+        scalars={name: torch.cat([cond.scalars[name] for cond in conditionings]) for name in first.scalars},
     )
 
 
-def _join_tensors(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    assert (first is None) == (second is None), "conditionings of one model have the same fields"
-    return None if first is None or second is None else torch.cat([first, second])
+def _join_tensors(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    assert len(given) in (0, len(tensors)), "conditionings of one model have the same fields"
+    return torch.cat(given) if given else None
 
 
-def _join_context(first: Conditioning, second: Conditioning) -> tuple[Tensor | None, Tensor | None]:
-    if first.context is None or second.context is None:
-        return _join_tensors(first.context, second.context), None
-    pairs = [(first.context, first.context_mask), (second.context, second.context_mask)]
-    length = max(context.shape[1] for context, _ in pairs)
-    if all(mask is None and context.shape[1] == length for context, mask in pairs):
-        return torch.cat([first.context, second.context]), None
-    contexts, masks = [], []
-    for context, mask in pairs:
-        if mask is None:
-            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+def _join_contexts(conditionings: Sequence[Conditioning]) -> tuple[Tensor | None, Tensor | None]:
+    contexts = [cond.context for cond in conditionings if cond.context is not None]
+    if len(contexts) < len(conditionings):
+        return _join_tensors([cond.context for cond in conditionings]), None
+    masks = [cond.context_mask for cond in conditionings]
+    length = max(context.shape[1] for context in contexts)
+    if all(mask is None and c.shape[1] == length for c, mask in zip(contexts, masks, strict=True)):
+        return torch.cat(contexts), None
+    padded = []
+    for context, mask in zip(contexts, masks, strict=True):
+        real = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device) if mask is None else mask
         padding = length - context.shape[1]
-        contexts.append(nn.functional.pad(context, (0, 0, 0, padding)))
-        masks.append(nn.functional.pad(mask, (0, padding)))
-    return torch.cat(contexts), torch.cat(masks)
+        padded.append((nn.functional.pad(context, (0, 0, 0, padding)), nn.functional.pad(real, (0, padding))))
+    return torch.cat([context for context, _ in padded]), torch.cat([mask for _, mask in padded])
+
+
+_CPU_SHARE = 0.5
+"""of the free memory that weights may take as float32; the rest is for activations and the other parts"""
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -194,12 +200,17 @@ def build_part(
 def choose_dtype(header: Header, device: torch.device) -> torch.dtype | None:
     """The dtype to hold a checkpoint's weights in; None keeps the file's.
 
-    Half precision is only worth it where it is fast; on a CPU float32 is both the fastest and the most exact.
+    On a CPU float32 is the most exact and, without matrix units for bfloat16, also the fastest: it is chosen where
+    it fits into memory. float8 is a way to store weights, not to compute with them.
     """
     dtypes = {info.dtype for info in header.tensors.values()}
+    is_float8 = bool(dtypes & {torch.float8_e4m3fn, torch.float8_e5m2})
     if device.type == "cpu":
-        return None if dtypes <= {torch.float32} else torch.float32
-    return torch.bfloat16 if dtypes & {torch.float8_e4m3fn, torch.float8_e5m2} else None
+        as_float32 = 4 * header.num_parameters
+        if dtypes <= {torch.float32} or as_float32 > _CPU_SHARE * available_memory():
+            return torch.bfloat16 if is_float8 else None
+        return torch.float32
+    return torch.bfloat16 if is_float8 else None
 
 
 def load_network(

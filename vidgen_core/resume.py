@@ -83,9 +83,10 @@ class RunFile:
             done = True
         finally:
             if not done:
-                self._save_last()
+                self.save()
 
-    def _save_last(self) -> None:
+    def save(self) -> None:
+        """Write the last state; a finished run too, as long as its result is in no file: decoding may be stopped."""
         if self._last is None or self._last.step == 0:
             return
         try:

@@ -154,6 +154,17 @@ class Conditioning:
         """Move; ``dtype`` applies to floating tensors only."""
         return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
+    def take(self, rows: slice) -> Conditioning:
+        """Some samples of the batch, without the padding that none of them needs."""
+        some = self.map(lambda x: x[rows])
+        if some.context is None or some.context_mask is None:
+            return some
+        used = some.context_mask.any(dim=0).nonzero()
+        length = int(used[-1]) + 1 if len(used) else 1
+        mask = some.context_mask[:, :length]
+        whole = bool(mask.all())
+        return replace(some, context=some.context[:, :length], context_mask=None if whole else mask)
+
     def expand(self, batch: int) -> Conditioning:
         """Repeat a conditioning of batch 1 to ``batch`` samples; one that already fits is returned as it is."""
         return self.map(lambda x: x if x.shape[0] == batch else x.expand(batch, *x.shape[1:]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -106,8 +106,7 @@ class LocalHost:
         raise FileError(
             f"No {kind} checkpoint of this name was found",
             given=name,
-            expected="a path to a .safetensors file, or one of "
-            + ", ".join(f"{model}/{path.name}" for model, root in bundled.items() for path in sorted(root.glob("*.s*"))),
+            expected="a path to a .safetensors file, or one of " + ", ".join(_bundled_files(bundled)),
         )
 
 
@@ -127,6 +126,25 @@ def bundled_models() -> dict[str, Path]:
         return {}
     folders = (path for path in sorted(root.iterdir()) if path.is_dir())
     return {path.name: path for path in folders if any(path.glob("*.safetensors"))}
+
+
+def _bundled_files(models: Mapping[str, Path]) -> list[str]:
+    return [f"{name}/{file.name}" for name, root in models.items() for file in sorted(root.glob("*.safetensors"))]
+
+
+def available_memory() -> int:
+    """Bytes of main memory that are free for this process (system and container limits, where the system tells)."""
+    free = 8 * 2**30  # a usual laptop, where nothing tells
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)
 
 
 def available_cores() -> int:

@@ -1,0 +1,161 @@
+"""The three parts of a model together: found in a folder by their content, checked against each other, loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .codec import Codec
+from .errors import CheckpointError, FileError
+from .families import TITLES, Found, TextEncoder, identify
+from .memory.host import Host, LocalHost, bundled_models
+from .model import VideoModel, build_part, inspect_header, network_of
+from .preview import LatentRGB, fit_preview
+from .types import VideoShape
+from .weights.header import Header, read_header
+
+
+@dataclass(slots=True, kw_only=True)
+class Bundle:
+    """Network, VAE and text encoders that belong together."""
+
+    model: VideoModel
+    codec: Codec
+    text: TextEncoder
+    headers: dict[str, Header] = field(default_factory=dict)
+    """part -> the file it came from"""
+    preview: LatentRGB | None = None
+
+    @property
+    def default_shape(self) -> VideoShape:
+        defaults = self.model.defaults
+        return VideoShape(
+            num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px
+        )
+
+    def info(self) -> dict[str, Any]:
+        """part -> what ``inspect_file`` says of its file."""
+        return {part: inspect_header(header) for part, header in self.headers.items()}
+
+    def latent_rgb(self) -> LatentRGB:
+        """The preview matrix: the checkpoint's, else fitted to the VAE at the first call."""
+        if self.preview is None:
+            self.preview = self.model.preview or fit_preview(self.codec)
+        return self.preview
+
+
+Source = str | Path | Sequence[str | Path] | None
+
+
+def load_bundle(
+    source: Source = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    host: Host | None = None,
+) -> Bundle:
+    """All three parts of a model, wherever each one is recognised by its content.
+
+    Args:
+        source: a folder of safetensors, the name of a bundled model, or the files; None takes the first bundled one.
+        dtype: of the weights; None chooses for the device.
+        device: None asks the host.
+
+    Raises:
+        FileError, CheckpointError: a part is missing, is there twice, is damaged, or does not fit the others.
+    """
+    host = host or LocalHost()
+    device = torch.device(device) if device is not None else host.device()
+    headers = _sort_parts(_files(source))
+    found = {part: identify(header) for part, header in headers.items()}
+    families = {item.family.name for item in found.values()}
+    if len(families) > 1:
+        raise CheckpointError(
+            "The parts belong to different families",
+            given=", ".join(f"{item.title} in {headers[part].path}" for part, item in found.items()),
+            do="use network, VAE and text encoders of one family",
+        )
+    _check_fit(headers, found)
+    for header in headers.values():
+        host.make_room(header.num_bytes)
+    codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
+    family = found["codec"].family
+    return Bundle(
+        model=network_of(headers["network"], found["network"], dtype=dtype, device=device),
+        codec=family.codec(codec_module, found["codec"].config),
+        text=build_part(headers["text"], found["text"], dtype=dtype, device=device),  # type: ignore[arg-type]
+        headers=headers,
+    )
+
+
+def _files(source: Source) -> list[Path]:
+    if source is None:
+        bundled = bundled_models()
+        if not bundled:
+            raise FileError("No checkpoint comes with this installation", do="name a folder or files")
+        return _files(next(iter(bundled.values())))
+    if not isinstance(source, (str, Path)):
+        return [Path(item) for item in source]
+    path = Path(source).expanduser()
+    if not path.exists() and str(source) in bundled_models():
+        path = bundled_models()[str(source)]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileError("There is no checkpoint in this folder", given=path, expected="*.safetensors files")
+        return files
+    if not path.exists():
+        names = ", ".join(bundled_models()) or "none"
+        expected = f"a folder, files, or the name of a bundled model ({names})"
+        raise FileError("There is no such model", given=source, expected=expected)
+    return [path]
+
+
+def _sort_parts(files: Sequence[Path]) -> dict[str, Header]:
+    """part -> header. A folder may hold other files, as long as each part is there exactly once."""
+    headers: dict[str, Header] = {}
+    problems: list[CheckpointError] = []
+    for path in files:
+        try:
+            header = read_header(path)
+            part = identify(header).part
+        except CheckpointError as problem:
+            problems.append(problem)
+            continue
+        if part in headers:
+            raise CheckpointError(
+                f"There are two files with a {TITLES[part]}",
+                given=f"{headers[part].path} and {path}",
+                do="name the three files to use instead of the folder",
+            )
+        headers[part] = header
+    missing = [part for part in TITLES if part not in headers]
+    if missing and problems:
+        raise problems[0]
+    if missing:
+        raise CheckpointError(
+            f"The model lacks its {' and '.join(TITLES[part] for part in missing)}",
+            given=", ".join(str(path) for path in files),
+            expected="one file each for network, VAE and text encoders",
+        )
+    return headers
+
+
+def _check_fit(headers: Mapping[str, Header], found: Mapping[str, Found]) -> None:
+    family, config = found["network"].family, found["network"].config
+    wanted, given = family.latent_channels(config), family.grid(found["codec"].config).channels
+    if wanted != given:
+        raise CheckpointError(
+            "The VAE does not belong to this network",
+            given=f"{given} latent channels in {headers['codec'].path}",
+            expected=f"{wanted}, as {headers['network'].path} has",
+        )
+    problem = family.fits_text(config, found["text"].config)
+    if problem:
+        raise CheckpointError(
+            "The text encoders do not belong to this network", given=problem, do="use the files of one model"
+        )
