@@ -44,6 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise FileError("The output is a folder", given=path, do="name a file inside it")
         with _named_temporary(path) as temporary:
             yield temporary
+            _usual_permissions(temporary)
             _flush_to_disk(temporary)
             os.replace(temporary, path)
     except OSError as error:
@@ -54,14 +55,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def _named_temporary(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
-    # mkstemp makes the file private; the result should have the permissions of any other new file
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(name, 0o666 & ~umask)
     try:
         yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _usual_permissions(path: Path) -> None:
+    """mkstemp, and safetensors' own writer, make the file private; the result should be as any other new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _flush_to_disk(path: Path) -> None:
