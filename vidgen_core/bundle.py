@@ -70,16 +70,7 @@ def load_bundle(
     """
     host = host or LocalHost()
     device = torch.device(device) if device is not None else host.device()
-    headers = _sort_parts(_files(source))
-    found = {part: identify(header) for part, header in headers.items()}
-    families = {item.family.name for item in found.values()}
-    if len(families) > 1:
-        raise CheckpointError(
-            "The parts belong to different families",
-            given=", ".join(f"{item.title} in {headers[part].path}" for part, item in found.items()),
-            do="use network, VAE and text encoders of one family",
-        )
-    _check_fit(headers, found)
+    headers, found = find_parts(source)
     for header in headers.values():
         host.make_room(header.num_bytes)
     codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
@@ -90,6 +81,25 @@ def load_bundle(
         text=build_part(headers["text"], found["text"], dtype=dtype, device=device),  # type: ignore[arg-type]
         headers=headers,
     )
+
+
+def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Found]]:
+    """(part -> header, part -> what it is) of a model that :func:`load_bundle` would load; no weights are read.
+
+    Raises:
+        FileError, CheckpointError: as :func:`load_bundle`.
+    """
+    headers = _sort_parts(_files(source))
+    found = {part: identify(header) for part, header in headers.items()}
+    families = {item.family.name for item in found.values()}
+    if len(families) > 1:
+        raise CheckpointError(
+            "The parts belong to different families",
+            given=", ".join(f"{item.title} in {headers[part].path}" for part, item in found.items()),
+            do="use network, VAE and text encoders of one family",
+        )
+    _check_fit(headers, found)
+    return headers, found
 
 
 def _files(source: Source) -> list[Path]:
