@@ -7,6 +7,7 @@ import datetime
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,9 +95,9 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         try:
             save_file(own, temporary, metadata=dict(metadata or {}))
         except SafetensorError as error:
-            # the library wraps the system's error in text only
-            code = errno.ENOSPC if "os error 28" in str(error) or "No space" in str(error) else errno.EIO
-            raise OSError(code, str(error)) from error
+            # The library tells the system's error number in its text only.
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def save_checkpoint(

@@ -19,6 +19,7 @@ from ...types import Conditioning, Grid, VideoShape
 from .. import Family, Part
 from .codec import HunyuanCodec
 from .config import DEFAULTS, CodecConfig, NetworkConfig, TextConfig
+from .keys import LAYOUTS
 from .network import HunyuanVideoTransformer
 from .recognise import codec_config, network_config, text_config
 from .text import TextFeatures, TextStack
@@ -103,7 +104,7 @@ FAMILY = Family(
     name="hunyuan",
     title="HunyuanVideo",
     parts={
-        "network": Part(config=NetworkConfig, build=_build_network, recognise=network_config),
+        "network": Part(config=NetworkConfig, build=_build_network, recognise=network_config, layouts=LAYOUTS),
         "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config),
         "text": Part(config=TextConfig, build=_build_text, recognise=text_config),
     },
