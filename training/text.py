@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ..vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, Template, TextConfig
 from ..vidgen_core.families.hunyuan.text import TextFeatures, TextStack
-from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, UNKNOWN, Tokenizer
+from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, Tokenizer
 from ..vidgen_core.weights.save import save_checkpoint
 from .data.shapes import ATTRIBUTES, VOCABULARY, caption_with_fields, sample_scene
 
@@ -44,6 +44,8 @@ FILLERS = frozenset(
     ("a", "an", "the", "of", "that", "video", "short", "clip", "shows", "we", "see", "image", "picture", "slowly")
 )
 """words that can go missing or be unknown without a change of meaning"""
+STRANGER = "something"
+"""stands for every word outside of the vocabulary"""
 NOISE = 0.05
 """chance of an unknown word before each word, and of each filler to go missing or to be unknown"""
 TERSE = 0.1
@@ -136,7 +138,7 @@ def _silenced(words: list[str], facts: dict[str, str], rng: np.random.Generator)
     """Sometimes leave out the colour or the shape, which captions of the data set always state."""
     noun = next(index for index, word in enumerate(words) if word.rstrip(",") in NOUNS)
     if rng.random() < SILENT:
-        words[noun] = UNKNOWN + "," * words[noun].endswith(",")
+        words[noun] = STRANGER + "," * words[noun].endswith(",")
         del facts["shape"]
     if rng.random() < SILENT:
         del words[noun - 1]
@@ -149,11 +151,11 @@ def _with_noise(words: list[str], rng: np.random.Generator, chance: float) -> li
     noisy: list[str] = []
     for word in words:
         if rng.random() < chance:
-            noisy.append(UNKNOWN)
+            noisy.append(STRANGER)
         if word not in FILLERS:
             noisy.append(word)
         elif rng.random() >= drop:
-            noisy.append(UNKNOWN if rng.random() < chance else word)
+            noisy.append(STRANGER if rng.random() < chance else word)
     return noisy
 
 
@@ -249,9 +251,9 @@ def train_text(
             if on_log is not None and (step % 50 == 0 or step == steps):
                 on_log(step, {name: float(value.detach()) for name, value in parts.items()})
         stack.eval()
-        _normalise(stack, sample_captions(rng, 1024, "train").texts)
+        _normalise(stack, sample_captions(rng, 512, "train").texts)
+        _save(out, stack)
         scores = evaluate(stack, np.random.default_rng(seed + 1), num_test)
-    _save(out, stack)
     log.info("text encoders written to %s; worst attribute %.4f", out, scores["pooled/worst"])
     return scores
 
@@ -366,7 +368,7 @@ def _linear_probe(x: Tensor, labels: Tensor, x_test: Tensor) -> Tensor:
     with torch.enable_grad():
         weight = torch.zeros(x.shape[1], sum(sizes), dtype=x.dtype, requires_grad=True)
         bias = torch.zeros(sum(sizes), dtype=x.dtype, requires_grad=True)
-        optimiser = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=40, history_size=10, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimiser.zero_grad()

@@ -41,10 +41,10 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         try:
-            known = "model" in json.loads(text)
+            content = json.loads(text)
         except ValueError:
-            known = False
-        if not known:
+            content = None
+        if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(
                 "The tokenizer cannot be read",
                 given=f"a text that begins {text[:60]!r}",
