@@ -71,12 +71,13 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
 }
 
-TRAVEL = 0.56  # half frames that a moving object covers in a clip
-PAN = 0.42  # half frames that a panning camera covers in a clip
+TRAVEL = 0.52  # half frames that a moving object covers in a clip
+PAN = 0.40  # half frames that a panning camera covers in a clip
 ZOOM = 1.36  # how much a zooming camera scales the view in a clip
 GROWTH = 1.75  # how much the radius of a growing object scales in a clip
 TURN = math.radians(240.0)  # how far a spinning object turns in a clip, clockwise
-HOP = 0.50  # height in half frames of a bounce; there are two in a clip
+HOP = 0.44  # height in half frames from which a bouncing object falls, and to which it returns
+EDGE_PX = 1.4  # width over which an outline fades, so that slow movement is smooth
 MARGIN = 0.03  # half frames kept between objects and the border of the frame
 
 
@@ -214,7 +215,7 @@ def object_track(scene: Scene, times: np.ndarray) -> tuple[np.ndarray, np.ndarra
         step *= TRAVEL * scene.pace / np.linalg.norm(step)
         path += (times - 0.5)[:, None] * step
     elif scene.motion == "bounce":
-        path[:, 1] += HOP * (0.5 - np.abs(np.sin(2 * math.pi * times)))
+        path[:, 1] += HOP * (0.5 - np.abs(np.cos(math.pi * times)))
     elif scene.motion == "spin":
         rotation = TURN * scene.pace * times
     elif scene.motion in ("grow", "shrink"):
@@ -353,7 +354,7 @@ def render(
     )
     image = _background(scene, x, y)
     size = radius.astype(np.float32)[:, None, None]
-    sharpness = size * zoom / px  # pixels per radius
+    sharpness = size * zoom / (px * EDGE_PX)
     spacing = np.asarray(scene.spacing)
     places = [path - spacing / 2, path + spacing / 2] if scene.count == "two" else [path]
     cos, sin = (f(rotation).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
