@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "diffusion": BASE,
     "noise": BASE,
     "timesteps": BASE | {"diffusion"},
-    "guidance": BASE | {"diffusion", "timesteps"},
+    "guidance": BASE | {"diffusion"},
     "sampling": BASE | {"diffusion", "noise", "timesteps"},
     "codec": BASE,
     "memory": BASE,
