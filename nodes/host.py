@@ -6,7 +6,6 @@ need: lists for the combos, input files, and where a video is saved.
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -51,6 +50,10 @@ class NodeHost(Host, Protocol):
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         """(file to write, its folder relative to the output folder); the file does not exist yet, its folder does."""
+        ...
+
+    def keeps_metadata(self) -> bool:
+        """Whether the workflow goes into the files."""
         ...
 
     def resume_path(self, node_id: str) -> Path | None:
@@ -131,9 +134,10 @@ class LocalNodeHost(LocalHost):
     output_folder: Path = Path("output")
     output_file: Path | None = None
     """the first video saved goes here; more of them get ``_2``, ``_3``, ... before the ending"""
-    keep_runs: bool = False
-    """keep an interrupted run beside ``output_file``, to be taken up by the same command"""
-    _saved: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    run_id: str | None = None
+    """keep an interrupted run beside its output under this name, to be taken up by the next with the same one"""
+    saved: list[Path] = field(default_factory=list)
+    """the videos that were saved, in order"""
 
     def names(self, kind: str) -> list[str]:
         found = [path for root in self.folders for path in (root / FOLDERS[kind]).glob("**/*.safetensors")]
@@ -157,18 +161,37 @@ class LocalNodeHost(LocalHost):
         return path
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
+        subfolder = ""
         if self.output_file is None:
             folder, stem = self.output_folder / Path(prefix).parent, Path(prefix).name or "VidGen"
             make_folder(folder)
-            return numbered(folder, stem, suffix), Path(prefix).parent.as_posix().removeprefix(".")
-        number = next(self._saved)
-        file = self.output_file
-        return (file if number == 1 else file.with_name(f"{file.stem}_{number}{file.suffix}")), ""
+            path, subfolder = numbered(folder, stem, suffix), Path(prefix).parent.as_posix().removeprefix(".")
+        elif not self.saved:
+            path = self.output_file
+        else:
+            path = self.output_file.with_name(f"{self.output_file.stem}_{len(self.saved) + 1}{self.output_file.suffix}")
+        self.saved.append(path)
+        return path, subfolder
+
+    def keeps_metadata(self) -> bool:
+        return True
 
     def resume_path(self, node_id: str) -> Path | None:
-        if not self.keep_runs or self.output_file is None:
+        if self.run_id is None:
             return None
-        return self.output_file.with_name(f"{self.output_file.name}.{node_id}.unfinished")
+        folder, stem = self._run_place()
+        return folder / f"{stem}.{self.run_id}-{node_id}.unfinished"
+
+    def unfinished_runs(self) -> list[Path]:
+        """The kept runs of this output, of this command or an earlier one."""
+        folder, stem = self._run_place()
+        return sorted(path for path in folder.glob("*.unfinished") if path.name.startswith(f"{stem}."))
+
+    def _run_place(self) -> tuple[Path, str]:
+        if self.output_file is not None:
+            return self.output_file.parent, self.output_file.name
+        make_folder(self.output_folder)
+        return self.output_folder, "run"
 
 
 def make_folder(folder: Path) -> None:
@@ -265,6 +288,11 @@ class ComfyHost:
         root = folder_paths.get_output_directory()
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
         return Path(folder) / f"{stem}_{counter:05}_{suffix}", subfolder
+
+    def keeps_metadata(self) -> bool:
+        from comfy.cli_args import args
+
+        return not args.disable_metadata
 
     def resume_path(self, node_id: str) -> Path | None:
         return None  # interrupting in ComfyUI means that the run is not wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..vidgen_core.errors import SettingsError
 from .wires import (
     CATEGORY,
     COND,
@@ -156,6 +157,8 @@ class Sampler:
         from ..vidgen_core.generate import Sampling, sample_latents
         from .host import current
 
+        if not positive.prompt.strip():
+            raise SettingsError("The prompt is empty", expected="what the video should show", do="write a prompt")
         host = current()
         samples, scale = video_samples(latent), latent_scale(latent, model)
         check_latents(model, samples)

@@ -118,7 +118,7 @@ class SaveVideo:
         host = current()
         path, subfolder = host.output_path(filename_prefix, f".{format}")
         tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
-        metadata = {key: json.dumps(value) for key, value in tags.items()}
+        metadata = {key: json.dumps(value) for key, value in tags.items()} if host.keeps_metadata() else {}
         write_video(path, watched(images_to_frames(images), len(images), host), fps=fps, metadata=metadata, crf=crf)
         shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
         return {"ui": {"images": [shown], "animated": (True,)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,3 +56,51 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skips that are not allowed here (VIDGEN_FORBID_SKIPS=1)", red=True)
         for line in sorted(_unexpected):
             terminalreporter.write_line(line)
+
+
+# --- a model for every test -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three parts of a HunyuanVideo of random weights: the real classes, 0.2 M parameters.
+
+    Its network is not zero at the output, as a fresh one is, so that prompt, seed and guidance all show.
+    """
+    from vidgen.training.export import export_bundle
+    from vidgen.training.text import caption_tokenizer, tiny_text_config
+    from vidgen.vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
+    from vidgen.vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
+    from vidgen.vidgen_core.families.hunyuan.text import TextStack
+    from vidgen.vidgen_core.families.hunyuan.vae import CausalVAE
+    from vidgen.vidgen_core.types import Defaults
+
+    folder = tmp_path_factory.mktemp("models") / "random-tiny"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network_config = NetworkConfig(
+            hidden_size=32,
+            num_heads=2,
+            num_double_blocks=1,
+            num_single_blocks=1,
+            num_refiner_blocks=1,
+            rope_axes=(4, 6, 6),
+            text_width=32,
+            pooled_width=32,
+            guidance_embed=False,
+        )
+        codec_config = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=4, scaling_factor=0.7)
+        network = HunyuanVideoTransformer(network_config)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        export_bundle(
+            folder,
+            network=(
+                network,
+                network_config,
+                Defaults(num_frames=9, height_px=32, width_px=32, fps=8, num_steps=3, shift=1.0, cfg=2.0),
+            ),
+            codec=(CausalVAE(codec_config), codec_config),
+            text=TextStack(tiny_text_config(width=32), caption_tokenizer()),
+        )
+    return folder

@@ -1,0 +1,278 @@
+"""The ``vidgen`` command. torch is imported by the sub-commands that need it, so help and version come at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..vidgen_core.errors import Cancelled, SettingsError, UserError
+
+EXIT_ERROR = 1
+EXIT_STOPPED = 130  # as the shell says of a command that ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0, 1 for bad input, 2 for a bad command line, 130 when stopped."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:  # it has a command line of its own
+            from ..training.cli import main as train
+
+            return train(argv[1:])
+        arguments = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except UserError as error:
+        sys.stderr.write(f"vidgen: {error}\n")
+        return EXIT_ERROR
+    except (Cancelled, KeyboardInterrupt):
+        sys.stderr.write("vidgen: stopped\n")
+        return EXIT_STOPPED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the interpreter flushes it when it ends
+        return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="vidgen", description="Make videos from text. Everything runs on this machine."
+    )
+    parser.add_argument("--version", action="version", version=f"vidgen {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_render(commands)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint or a video is")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="everything, for programs")
+    inspect.set_defaults(command=_inspect)
+    doctor = commands.add_parser("doctor", help="say what this machine can do")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(command=_doctor)
+    commands.add_parser("train", help="train a model by a recipe; see vidgen train --help", add_help=False)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a video from a prompt",
+        description="Make a video from a prompt. What is not given is what the checkpoint recommends. Ctrl-C keeps "
+        "the unfinished run: the same command goes on from there.",
+    )
+    parser.add_argument("prompt", help="what the video shows, in quotes")
+    parser.add_argument("-o", "--output", type=Path, default=Path("vidgen.mp4"), help="an .mp4, .webm, .gif or .webp")
+    parser.add_argument("--negative", metavar="TEXT", help="what the video should not show")
+    parser.add_argument("--seed", type=int, default=0, help="another number, another video (default 0)")
+    parser.add_argument("--frames", type=int, help="length in frames: 1, 5, 9, 13, 17, ...")
+    parser.add_argument("--size", metavar="WxH", help="width and height in px, multiples of 16")
+    parser.add_argument("--fps", type=float, help="frames per second")
+    parser.add_argument("--steps", type=int, help="steps from noise to video")
+    parser.add_argument("--cfg", type=float, help="how strongly to follow the prompt; 1 is off")
+    parser.add_argument("--guidance", type=float, help="the scale that guidance-distilled networks are told")
+    parser.add_argument("--shift", type=float, help="above 1: more of the steps at high noise")
+    parser.add_argument("--sampler", help="euler, heun, dpmpp_2m, unipc, ...")
+    parser.add_argument("--schedule", help="simple, karras, linear_quadratic, ...")
+    parser.add_argument("--model", help="a bundled model, or a folder with network, VAE and text encoders")
+    parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
+    _add_common(parser)
+    parser.set_defaults(command=_generate)
+
+
+def _add_render(commands: Any) -> None:
+    parser = commands.add_parser(
+        "render",
+        help="run a workflow in API format",
+        description="Run a workflow: a .json in ComfyUI's API format, or a video that carries one.",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.INPUT=VALUE",
+        help="change a value; NODE is an id, a title or a class, such as 5.seed=7 or VidGenSampler.seed=7",
+    )
+    parser.add_argument("-o", "--output", type=Path, help="the video, or a folder for several (default: output/)")
+    _add_common(parser)
+    parser.set_defaults(command=_render)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where to look for models, laid out as ComfyUI's models folder; also VIDGEN_MODELS",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+# --- render and generate --------------------------------------------------------------------------------------------
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    return _rendering(arguments, generate_prompt)
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    from .render import load_prompt, override
+
+    def prompt_of(arguments: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:
+        return override(load_prompt(arguments.file), classes, arguments.set)
+
+    return _rendering(arguments, prompt_of)
+
+
+def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str, Any]]) -> int:
+    """Make the prompt, run it, and say where the videos are (standard output) or why there are none."""
+    from .executor import NodeError
+    from .render import Stop, Stopped, render
+
+    stop = Stop()
+    with stop.listening():
+        try:
+            from .. import NODE_CLASS_MAPPINGS
+
+            saved = render(
+                prompt_of(arguments, NODE_CLASS_MAPPINGS),
+                NODE_CLASS_MAPPINGS,
+                output=arguments.output,
+                stop=stop,
+                device=arguments.device,
+                folders=model_folders(arguments.models),
+                quiet=arguments.quiet,
+            )
+        except Stopped as stopped:
+            kept = ", ".join(map(str, stopped.kept))
+            advice = f"the same command goes on from {kept}" if kept else "nothing was begun that could be kept"
+            sys.stderr.write(f"vidgen: stopped; {advice}\n")
+            return EXIT_STOPPED
+        except NodeError as error:
+            if not isinstance(error.__cause__, UserError):
+                raise
+            sys.stderr.write(f"vidgen: {error}\n")
+            return EXIT_ERROR
+    for path in saved:
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:
+    """The shipped text-to-video workflow with the settings of the command line.
+
+    Raises:
+        UserError: before any weights are read.
+    """
+    from .render import node_of, shipped
+
+    if not arguments.prompt.strip():
+        raise SettingsError("The prompt is empty", given=repr(arguments.prompt), do="say what the video should show")
+    prompt = shipped("hunyuan_t2v")
+    loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
+    if arguments.model is not None:
+        loader["model_folder"] = arguments.model
+    shape, fps = _preflight(arguments, loader["model_folder"])
+    changes = {
+        ("VidGenEncodePrompt", "Prompt"): {"prompt": arguments.prompt},
+        ("VidGenEncodePrompt", "Negative Prompt"): {"prompt": arguments.negative},
+        ("VidGenEmptyLatent", None): {
+            "width": shape.width_px,
+            "height": shape.height_px,
+            "num_frames": shape.num_frames,
+        },
+        ("VidGenSampler", None): {
+            name: getattr(arguments, name)
+            for name in ("seed", "steps", "cfg", "guidance", "shift", "sampler", "schedule")
+        },
+        ("VidGenSaveVideo", None): {
+            "fps": fps,
+            "format": _format(arguments.output),
+            "crf": arguments.crf,
+        },
+    }
+    for (class_type, title), inputs in changes.items():
+        node = prompt[node_of(prompt, class_type, title)]
+        node["inputs"] |= {name: value for name, value in inputs.items() if value is not None}
+        if class_type == "VidGenEncodePrompt" and shape.num_frames == 1:
+            node["inputs"]["template"] = "image"
+    return prompt
+
+
+def _format(output: Path) -> str:
+    """The choice of Save Video; .m4v and .mov are mp4 under another name."""
+    ending = output.suffix.lower().removeprefix(".")
+    return ending if ending in ("webm", "gif", "webp") else "mp4"
+
+
+def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float]:
+    """(shape, fps) of the video, after checking every setting against the headers of the model's files."""
+    from ..nodes.host import LocalNodeHost
+    from ..vidgen_core.bundle import find_parts
+    from ..vidgen_core.generate import Sampling
+    from ..vidgen_core.media import check_writable
+    from ..vidgen_core.model import defaults_of
+    from ..vidgen_core.types import VideoShape
+
+    check_writable(arguments.output)
+    host = LocalNodeHost(folders=model_folders(arguments.models))
+    headers, found = find_parts(host.find_model_folder(model))
+    network, family = found["network"], found["network"].family
+    defaults = defaults_of(headers["network"], network)
+    width, height = parse_size(arguments.size) if arguments.size else (defaults.width_px, defaults.height_px)
+    num_frames = defaults.num_frames if arguments.frames is None else arguments.frames
+    shape = VideoShape(num_frames=num_frames, height_px=height, width_px=width)
+    shape.check(family.grid(found["codec"].config), patch=family.patch(network.config))
+    Sampling(
+        num_steps=arguments.steps,
+        sampler=arguments.sampler,
+        schedule=arguments.schedule,
+        shift=arguments.shift,
+        guidance=arguments.guidance,
+        cfg=arguments.cfg,
+        seed=arguments.seed,
+    ).resolved(defaults).check(family.diffusion(network.config))
+    return shape, float(defaults.fps if arguments.fps is None else arguments.fps)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"64x48"`` -> (width, height) in px."""
+    width, _, height = text.lower().replace("*", "x").partition("x")
+    try:
+        return int(width), int(height)
+    except ValueError:
+        raise SettingsError("The size cannot be read", given=text, expected="WIDTHxHEIGHT, such as 64x64") from None
+
+
+def model_folders(given: Sequence[Path]) -> list[Path]:
+    """Folders to look for models in: those of the command line, then those in VIDGEN_MODELS."""
+    listed = os.environ.get("VIDGEN_MODELS", "")
+    return [*given, *(Path(item) for item in listed.split(os.pathsep) if item)]
+
+
+# --- inspect and doctor ---------------------------------------------------------------------------------------------
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .report import inspect_lines, inspection
+
+    info = inspection(arguments.file)
+    sys.stdout.write(json.dumps(info, indent=2) + "\n" if arguments.json else "\n".join(inspect_lines(info)) + "\n")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .report import diagnosis, doctor_lines
+
+    info = diagnosis()
+    sys.stdout.write(json.dumps(info, indent=2) + "\n" if arguments.json else "\n".join(doctor_lines(info)) + "\n")
+    return EXIT_ERROR if info["problems"] else 0

@@ -1,0 +1,211 @@
+"""Render a prompt in this process: host, progress, ctrl-C, and the file it ends in."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import hashlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..vidgen_core.errors import Cancelled, FileError, SettingsError
+from .executor import Event, Prompt, as_link, check, describe, execute, input_specs
+from .graph import to_ui
+from .progress import ProgressBar
+
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+MEDIA = frozenset({".mp4", ".m4v", ".mov"})
+
+
+def load_prompt(path: Path) -> dict[str, dict[str, Any]]:
+    """An API-format prompt from a .json file, or from a video that carries one.
+
+    Raises:
+        FileError: missing, unreadable, or not JSON.
+        SettingsError: JSON, but no prompt; or a video without one.
+    """
+    if path.suffix.lower() in MEDIA:
+        from ..vidgen_core.media import read_metadata
+
+        text = read_metadata(path).get("prompt")
+        if text is None:
+            raise SettingsError("This video carries no workflow", given=path, expected="a video saved by Save Video")
+    else:
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise FileError("The workflow is not a text file", given=path, expected="JSON in API format") from error
+        except OSError as error:
+            raise FileError(
+                f"The workflow cannot be read ({error.strerror})", given=path, do="check the path"
+            ) from error
+    try:
+        prompt = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FileError(f"The workflow is not valid JSON ({error})", given=path, do="export it again") from error
+    if not isinstance(prompt, dict):
+        raise SettingsError("This is not a workflow in API format", given=path, do="use Export (API) in ComfyUI")
+    return prompt
+
+
+def shipped(name: str) -> dict[str, dict[str, Any]]:
+    """The API-format prompt ``workflows/api/NAME.json`` of the package."""
+    return load_prompt(WORKFLOWS / "api" / f"{name}.json")
+
+
+def node_of(prompt: Prompt, class_type: str, title: str | None = None) -> str:
+    """The id of the node of this class (and title) in a workflow of ours."""
+    found = [
+        node_id
+        for node_id, node in prompt.items()
+        if node["class_type"] == class_type and title in (None, node.get("_meta", {}).get("title"))
+    ]
+    assert len(found) == 1, f"{class_type} {title or ''}: {found}"
+    return found[0]
+
+
+def override(prompt: Prompt, classes: Mapping[str, type], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``prompt`` with ``NODE.INPUT=VALUE`` applied; NODE is an id, a title or a class name.
+
+    Raises:
+        SettingsError: malformed, or the node, input or value does not exist.
+    """
+    changed = copy.deepcopy({node_id: dict(node) for node_id, node in prompt.items()})
+    for setting in settings:
+        left, equals, value = setting.partition("=")
+        node, dot, name = left.rpartition(".")
+        if not (equals and dot and node and name):
+            raise SettingsError("A --set cannot be read", given=setting, expected="NODE.INPUT=VALUE, such as 5.seed=7")
+        node_id = _find_node(changed, node)
+        changed[node_id].setdefault("inputs", {})[name] = _read_value(changed, classes, node_id, name, value)
+    return changed
+
+
+def _find_node(prompt: Prompt, name: str) -> str:
+    if name in prompt:
+        return name
+    names = {node_id: {node.get("class_type"), node.get("_meta", {}).get("title")} for node_id, node in prompt.items()}
+    found = [node_id for node_id in prompt if name in names[node_id]]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(f"{node_id} ({prompt[node_id].get('class_type')})" for node_id in found or prompt)
+    what = "Several nodes have this name" if found else "There is no such node"
+    raise SettingsError(what, given=name, expected=f"one of {listed}")
+
+
+def _read_value(prompt: Prompt, classes: Mapping[str, type], node_id: str, name: str, value: str) -> Any:
+    cls = classes.get(prompt[node_id].get("class_type", ""))
+    specs = {} if cls is None else {spec[0]: spec[1] for spec in input_specs(cls)}
+    if specs and name not in specs:
+        near = difflib.get_close_matches(name, specs, n=1)
+        raise SettingsError(
+            f"{describe(prompt, node_id)} has no such input",
+            given=name,
+            expected="one of " + ", ".join(specs),
+            do=f"did you mean {near[0]}?" if near else None,
+        )
+    if specs.get(name) == "STRING" or isinstance(specs.get(name), list):
+        return value
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(value)
+        if as_link(value) is None or specs.get(name) is None or as_link(value).node_id in prompt:
+            return value
+    return value
+
+
+class Stopped(Cancelled):
+    """The user stopped a render; ``kept`` are the files from which the same command goes on."""
+
+    def __init__(self, kept: Sequence[Path]) -> None:
+        self.kept = list(kept)
+        super().__init__("stopped by the user")
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks the run to stop at its next look, the second stops at once.
+
+    A handler and not KeyboardInterrupt: an exception out of nowhere could fall between two lines that belong together.
+    """
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        signals = [signal.SIGINT, signal.SIGTERM]
+        before = {number: signal.signal(number, self._ask) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+        sys.stderr.write("\nstopping; once more to stop at once\n")
+
+    def check(self) -> None:
+        """Raise Cancelled if someone asked."""
+        if self.event.is_set():
+            raise Cancelled("stopped by the user")
+
+
+def render(
+    prompt: Prompt,
+    classes: Mapping[str, type],
+    *,
+    output: Path | None,
+    stop: Stop,
+    device: str | None = None,
+    folders: Sequence[Path] = (),
+    quiet: bool = False,
+) -> list[Path]:
+    """Run ``prompt``; the videos it saved.
+
+    Args:
+        output: the file of the first video, or a folder for all of them; None is the folder ``output``.
+        stop: asked between steps.
+        device: None takes a GPU if there is one.
+        folders: where to look for models besides the bundled ones.
+
+    Raises:
+        UserError, Cancelled, executor.NodeError.
+    """
+    stop.check()
+    from ..nodes import host as hosts
+    from ..vidgen_core.media import check_writable
+
+    host = hosts.LocalNodeHost(run_on=device, folders=folders, cancelled=stop.event)
+    if output is None or output.is_dir():
+        host.output_folder = output or host.output_folder
+    else:
+        host.output_file = check_writable(output)
+    # A changed command must not find the run of the one before.
+    host.run_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:8]
+    bar = ProgressBar(sys.stderr)
+    host.on_progress = None if quiet else bar
+
+    def between_nodes(event: Event) -> None:
+        if event.kind == "executing":
+            stop.check()
+
+    try:
+        with hosts.using(host):
+            check(prompt, classes)  # before drawing it, which needs known nodes
+            workflow = {"workflow": to_ui(prompt, classes)}
+            execute(prompt, classes, extra_pnginfo=workflow, on_event=between_nodes)
+    except (Cancelled, KeyboardInterrupt) as stopped:
+        raise Stopped(host.unfinished_runs()) from stopped
+    finally:
+        bar.close()
+    for path in host.unfinished_runs():
+        path.unlink(missing_ok=True)
+    return host.saved
