@@ -181,10 +181,10 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
     if arguments.model is not None:
         loader["model_folder"] = arguments.model
-    shape, fps = _preflight(arguments, loader["model_folder"])
+    shape, fps, negative = _preflight(arguments, loader["model_folder"])
     changes = {
         ("VidGenEncodePrompt", "Prompt"): {"prompt": arguments.prompt},
-        ("VidGenEncodePrompt", "Negative Prompt"): {"prompt": arguments.negative},
+        ("VidGenEncodePrompt", "Negative Prompt"): {"prompt": negative},
         ("VidGenEmptyLatent", None): {
             "width": shape.width_px,
             "height": shape.height_px,
@@ -214,8 +214,8 @@ def _format(output: Path) -> str:
     return ending if ending in ("webm", "gif", "webp") else "mp4"
 
 
-def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float]:
-    """(shape, fps) of the video, after checking every setting against the headers of the model's files."""
+def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, str]:
+    """(shape, fps, negative prompt), after checking every setting against the headers of the model's files."""
     from ..nodes.host import LocalNodeHost
     from ..vidgen_core.bundle import find_parts
     from ..vidgen_core.generate import Sampling
@@ -232,7 +232,7 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float]:
     num_frames = defaults.num_frames if arguments.frames is None else arguments.frames
     shape = VideoShape(num_frames=num_frames, height_px=height, width_px=width)
     shape.check(family.grid(found["codec"].config), patch=family.patch(network.config))
-    Sampling(
+    settings = Sampling(
         num_steps=arguments.steps,
         sampler=arguments.sampler,
         schedule=arguments.schedule,
@@ -240,8 +240,11 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float]:
         guidance=arguments.guidance,
         cfg=arguments.cfg,
         seed=arguments.seed,
-    ).resolved(defaults).check(family.diffusion(network.config))
-    return shape, float(defaults.fps if arguments.fps is None else arguments.fps)
+        negative_prompt=arguments.negative,
+    ).resolved(defaults)
+    settings.check(family.diffusion(network.config))
+    assert settings.negative_prompt is not None
+    return shape, float(defaults.fps if arguments.fps is None else arguments.fps), settings.negative_prompt
 
 
 def parse_size(text: str) -> tuple[int, int]:
