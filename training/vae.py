@@ -24,10 +24,14 @@ from ..vidgen_core.families.hunyuan.vae import CausalVAE
 from ..vidgen_core.weights.save import save_checkpoint
 from .data.pool import PoolSettings, draw_clip, open_pool
 from .loop import Draw, Objective
+from .pca import set_encoder, without_idle_branches
 from .pictures import contact_sheet
 from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
 
 log = logging.getLogger("vidgen")
+
+PCA_CLIPS = 256
+"""clips whose principal components a closed-form encoder takes"""
 
 Kind = Literal["crop", "clip", "image"]
 
@@ -70,6 +74,8 @@ class VaeRecipe:
     evaluation_clips: int = 24
     init: str | None = None
     """a codec file to start from"""
+    encoder: Literal["trained", "pca"] = "trained"
+    """pca: closed form (``pca.py``) and frozen, so that latents stay what they are while the decoder learns"""
 
 
 class VaeObjective(Objective):
@@ -87,6 +93,18 @@ class VaeObjective(Objective):
 
             self.vae.load_state_dict({name: t.float() for name, t in load_file(recipe.init).items()})
         self.pool = open_pool(recipe.pool, processes=recipe.run.processes)
+        self.light: list[CausalVAE] = []  # in a list: it shares its parameters with ``vae`` and must not count twice
+        if recipe.encoder == "pca":
+            self._freeze_encoder()
+
+    def _freeze_encoder(self) -> None:
+        if self.recipe.init is None:
+            still = replace(self.recipe.pool, max_interval=1)
+            clips = [torch.from_numpy(draw_clip(still, i)) for i in range(PCA_CLIPS)]
+            set_encoder(self.vae, torch.stack(clips).float() / 127.5 - 1)
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            part.requires_grad_(False)
+        self.light.append(without_idle_branches(self.vae))
 
     def is_hidden(self, name: str) -> bool:
         outer = ("encoder.conv_in.", "decoder.conv_out.")
@@ -147,7 +165,11 @@ class VaeObjective(Objective):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         video, noise = batch
-        mean, logvar = (x.float() for x in self.vae.encode(video))
+        if self.light:
+            with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
+                mean, logvar = self.light[0].encode(video)
+        else:
+            mean, logvar = (x.float() for x in self.vae.encode(video))
         out = self.vae.decode(mean + (0.5 * logvar).exp() * noise).float()
         settings = self.recipe.loss
         l1 = (out - video).abs().mean()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,7 +35,7 @@ class PoolSettings:
     split: str = "train"
     seed: int = 0
     max_interval: int = 1
-    """clip frames between drawn frames are 1, or for every other clip a random number up to this"""
+    """clip frames between drawn frames are 1, or for every fourth clip a random number up to this"""
     folder: str = "cache"
 
     @property
@@ -59,7 +60,7 @@ def scene_of(settings: PoolSettings, index: int) -> tuple[shapes.Scene, np.rando
 def draw_clip(settings: PoolSettings, index: int) -> np.ndarray:
     """Clip ``index``: uint8 (3, T, H, W)."""
     scene, rng = scene_of(settings, index)
-    interval = int(rng.integers(1, settings.max_interval + 1)) if index % 2 else 1
+    interval = int(rng.integers(1, settings.max_interval + 1)) if index % 4 == 3 else 1
     return shapes.render(
         scene, num_frames=settings.num_frames, height_px=settings.size_px, width_px=settings.size_px, interval=interval
     )
@@ -76,7 +77,7 @@ def open_pool(settings: PoolSettings, *, processes: int = 1) -> np.ndarray:
 
 
 def _draw_all(settings: PoolSettings, path: Path, shape: tuple[int, ...], processes: int) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     np.memmap(partial, dtype=np.uint8, mode="w+", shape=shape).flush()
     log.info("Drawing %d clips into %s", settings.num_clips, path)
     started = time.monotonic()

@@ -1,0 +1,234 @@
+"""A VAE encoder in closed form: principal components of 4 x 8 x 8 patches, written into the causal convolutions.
+
+A codec trained from nothing on two cores spends its first hour finding out that neighbouring pixels are alike.
+Principal components know that at once. Each strided convolution of the encoder is set to gather its 2 x 2 (x 2)
+neighbourhood and to keep the leading components of it; the residual branches start at zero; so the encoder is
+linear and optimal among linear ones, level by level. It can stay frozen: then latents never change while the
+decoder is still learning, and a diffusion network can be trained on them at the same time.
+
+The way out of the encoder is not linear (norm, SiLU, convolution) but can be made so:
+
+* silu(a) - silu(-a) = a, so every component leaves as a pair of opposite signs;
+* every group of the norm holds a large constant and its negative, so that its mean is zero and its spread the same
+  for all clips, up to (1 / CONSTANT)^2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..vidgen_core.errors import RecipeError
+from ..vidgen_core.families.hunyuan.vae import CausalVAE, ResnetBlock
+
+CONSTANT = 16.0
+"""the constant channels of a group, in standard deviations of the components"""
+WHITENING = 0.5
+"""component k of standard deviation s_k leaves with s_k ** (1 - WHITENING): fine detail keeps above the noise
+of diffusion, coarse structure keeps its lead"""
+POSTERIOR_STD = 0.05
+FIRST_FRAME_WEIGHT = 2.0
+"""how much a patch of the first latent frame counts: it is encoded as if it stood still for 4 frames"""
+
+
+@torch.no_grad()
+def set_encoder(vae: CausalVAE, videos: Tensor) -> Tensor:
+    """Overwrite the encoder (and ``quant_conv``) of a VAE with the principal components of some videos.
+
+    Args:
+        vae: 8 x 8 px and 4 frames to a latent; the last two ``block_channels`` equal and even per group.
+        videos: (N, 3, T, H, W) in [-1, 1], a few hundred clips.
+
+    Returns:
+        (latent_channels,) standard deviations of the latents, largest first; their mean square is 1.
+    """
+    config = vae.config
+    _check(vae)
+    encoder = vae.encoder
+    for block in (*encoder.down_blocks, encoder.mid_block):
+        for layer in block.resnets:
+            _make_straight(layer)
+    for attention in encoder.mid_block.attentions:
+        nn.init.zeros_(attention.to_out[0].weight)
+        nn.init.zeros_(attention.to_out[0].bias)
+
+    _clear(encoder.conv_in.conv)
+    for colour in range(3):
+        encoder.conv_in.conv.weight[colour, colour, 2, 1, 1] = 1.0
+
+    signal = videos
+    last = 2
+    for level, block in enumerate(encoder.down_blocks[: last + 1]):
+        steps = block.downsamplers[0].conv.conv.stride
+        patches = _patches(signal, steps)
+        room = config.latent_channels if level == last else config.block_channels[level]
+        basis, mean, spread = _components(patches, min(room, patches.shape[1]))
+        if level == last:
+            scale = spread.clamp_min(1e-6) ** -WHITENING
+            scale = scale / (spread * scale).square().mean().sqrt()
+            basis, spread = basis * scale[None, :], spread * scale
+        weight, bias = basis.T, -(mean @ basis)  # (K, patch), (K,)
+        if level == last:
+            weight, bias = _paired(vae, weight, bias)
+        conv = block.downsamplers[0].conv.conv
+        _clear(conv)
+        _write_taps(conv, weight, steps)
+        conv.bias[: len(bias)] = bias
+        signal = torch.einsum("nptyx,pk->nktyx", patches - mean[:, None, None, None], basis)
+    _set_exit(vae)
+    return spread
+
+
+def _check(vae: CausalVAE) -> None:
+    config = vae.config
+    width = config.block_channels[-1]
+    per_group = width // config.num_groups
+    fits = (
+        len(config.block_channels) == 4
+        and (config.spatial_compression, config.temporal_compression) == (8, 4)
+        and config.block_channels[0] >= 12
+        and config.block_channels[-2] == width
+        and per_group % 2 == 0
+        and config.num_groups * (per_group - 2) >= 2 * config.latent_channels
+    )
+    if not fits:
+        raise RecipeError(
+            "The closed-form encoder does not fit into this codec",
+            given=f"block_channels {config.block_channels}, {config.num_groups} groups, {config.latent_channels} latents",
+            expected="8 px and 4 frames, 4 levels, at least 12 channels in the first, the last two alike, and room "
+            "for a pair of channels per latent and a pair of constants per group",
+            do="use block_channels = [16, 32, 64, 64], num_groups = 8, latent_channels = 24 or fewer",
+        )
+
+
+def _clear(conv: nn.Conv3d) -> None:
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+
+def _make_straight(layer: ResnetBlock) -> None:
+    """Let a residual block pass its input on: its branch ends in zeros, its shortcut copies channels."""
+    _clear(layer.conv2.conv)
+    if layer.conv_shortcut is not None:
+        conv = layer.conv_shortcut.conv
+        _clear(conv)
+        for channel in range(min(conv.in_channels, conv.out_channels)):
+            conv.weight[channel, channel] = 1.0
+
+
+def _patches(x: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """(N, C, T, H, W) -> (N, taps C, T', H / 2, W / 2): what taps 1 and 2 of a strided causal kernel see.
+
+    In time the pair of output k is (2 k - 1, 2 k), and (0, 0) for the first. Order: (time, row, column, channel).
+    """
+    if steps[0] == 2:
+        now = x[:, :, ::2]
+        before = torch.cat([x[:, :, :1], x[:, :, 1::2]], dim=2)
+        frames = [before, now]
+    else:
+        frames = [x]
+    return torch.cat([f[..., i::2, j::2] for f in frames for i in (0, 1) for j in (0, 1)], dim=1)
+
+
+def _write_taps(conv: nn.Conv3d, weight: Tensor, steps: tuple[int, ...]) -> None:
+    """Put rows (K, taps C) that act on :func:`_patches` where the kernel's taps are."""
+    times = (1, 2) if steps[0] == 2 else (2,)
+    taps = [(t, i, j) for t in times for i in (1, 2) for j in (1, 2)]
+    num = weight.shape[1] // len(taps)
+    for index, (t, i, j) in enumerate(taps):
+        conv.weight[: len(weight), :num, t, i, j] = weight[:, index * num : (index + 1) * num]
+
+
+def _components(patches: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading ``num`` principal directions (P, num), the mean (P,), and standard deviations (num,)."""
+    weights = torch.ones(patches.shape[2], dtype=torch.float64)
+    weights[0] = FIRST_FRAME_WEIGHT
+    flat = patches.movedim(1, -1).double()  # (N, T, H, W, P)
+    weights = (weights / weights.sum())[None, :, None, None, None] / (flat.shape[0] * flat.shape[2] * flat.shape[3])
+    mean = (flat * weights).sum((0, 1, 2, 3))
+    centred = ((flat - mean) * weights.sqrt()).flatten(0, 3)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    basis = vectors.flip(1)[:, :num]
+    # the sign of an eigenvector is anyone's choice: make its largest entry positive
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    spread = values.flip(0)[:num].clamp_min(0).sqrt()
+    return (basis * signs).float(), mean.float(), spread.float()
+
+
+def _slots(vae: CausalVAE) -> list[tuple[int, int]]:
+    """(plus, minus) channel of each latent on its way to the exit; the last two of a group are constants."""
+    config = vae.config
+    per_group = config.block_channels[-1] // config.num_groups
+    free = [g * per_group + 2 * i for g in range(config.num_groups) for i in range(per_group // 2 - 1)]
+    # spread the strong components over the groups, so that all groups have about the same energy
+    pairs = per_group // 2 - 1
+    order = [g * pairs + i for i in range(pairs) for g in range(config.num_groups)]
+    return [(free[k], free[k] + 1) for k in order[: config.latent_channels]]
+
+
+def _paired(vae: CausalVAE, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows for the last strided convolution: each component and its negative, and the constants in the bias."""
+    config = vae.config
+    width = config.block_channels[-1]
+    rows, offsets = weight.new_zeros(width, weight.shape[1]), bias.new_zeros(width)
+    for k, (plus, minus) in enumerate(_slots(vae)):
+        rows[plus], rows[minus] = weight[k], -weight[k]
+        offsets[plus], offsets[minus] = bias[k], -bias[k]
+    per_group = width // config.num_groups
+    for group in range(config.num_groups):
+        offsets[(group + 1) * per_group - 2] = CONSTANT
+        offsets[(group + 1) * per_group - 1] = -CONSTANT
+    return rows, offsets
+
+
+def _set_exit(vae: CausalVAE) -> None:
+    """Undo the scale of the norm, join the pairs, and give every latent the same small posterior spread."""
+    config = vae.config
+    encoder, per_group = vae.encoder, config.block_channels[-1] // config.num_groups
+    nn.init.ones_(encoder.conv_norm_out.weight)
+    nn.init.zeros_(encoder.conv_norm_out.bias)
+    conv = encoder.conv_out.conv
+    _clear(conv)
+    norm = CONSTANT * math.sqrt(2 / per_group)  # what the group norm divides by, but for the components' own part
+    for k, (plus, minus) in enumerate(_slots(vae)):
+        conv.weight[k, plus, 2, 1, 1], conv.weight[k, minus, 2, 1, 1] = norm, -norm
+    assert conv.bias is not None
+    conv.bias[config.latent_channels :] = 2 * math.log(POSTERIOR_STD)
+    _clear(vae.quant_conv)
+    for channel in range(2 * config.latent_channels):
+        vae.quant_conv.weight[channel, channel] = 1.0
+
+
+class Shortcut(nn.Module):
+    """What is left of a residual block whose branch is zero."""
+
+    def __init__(self, layer: ResnetBlock) -> None:
+        super().__init__()
+        self.path = nn.Identity() if layer.conv_shortcut is None else layer.conv_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.path(x)
+
+
+@torch.no_grad()
+def without_idle_branches(vae: CausalVAE) -> CausalVAE:
+    """A copy that shares its weights but leaves out residual branches that end in zeros: same results, less work.
+
+    A closed-form encoder has nothing else, and encoding a pool with this copy is several times faster.
+    """
+    import copy
+
+    memo = {id(p): p for p in vae.parameters()}
+    light = copy.deepcopy(vae, memo)
+    for block in (*light.encoder.down_blocks, light.encoder.mid_block):
+        for index, layer in enumerate(block.resnets):
+            conv = layer.conv2.conv
+            if not conv.weight.any() and not conv.bias.any():
+                block.resnets[index] = Shortcut(layer)
+    middle = light.encoder.mid_block
+    out = [attention.to_out[0] for attention in middle.attentions]
+    if out and not any(layer.weight.any() or layer.bias.any() for layer in out):
+        middle.attentions = nn.ModuleList()
+    return light
