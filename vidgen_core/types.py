@@ -155,15 +155,15 @@ class Conditioning:
         return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
     def take(self, rows: slice) -> Conditioning:
-        """Some samples of the batch, without the padding that none of them needs."""
-        some = self.map(lambda x: x[rows])
+        """Some samples of the batch, without the padding that none of them needs; exactly what these alone would be."""
+        some = self.map(lambda x: x[rows].contiguous())  # the layout in memory decides on the kernel, hence on bits
         if some.context is None or some.context_mask is None:
             return some
         used = some.context_mask.any(dim=0).nonzero()
         length = int(used[-1]) + 1 if len(used) else 1
         mask = some.context_mask[:, :length]
         whole = bool(mask.all())
-        return replace(some, context=some.context[:, :length], context_mask=None if whole else mask)
+        return replace(some, context=some.context[:, :length].contiguous(), context_mask=None if whole else mask)
 
     def expand(self, batch: int) -> Conditioning:
         """Repeat a conditioning of batch 1 to ``batch`` samples; one that already fits is returned as it is."""

@@ -95,14 +95,15 @@ class LocalHost:
         direct = Path(name).expanduser()
         if direct.is_file():
             return direct
-        for root in [*self.folders, *bundled_models().values()]:
-            for folder in (root / FOLDERS.get(kind, kind), root):
-                if (folder / name).is_file():
-                    return folder / name
         bundled = bundled_models()
-        model, _, file = name.replace("\\", "/").partition("/")
-        if model in bundled and file and (bundled[model] / file).is_file():
-            return bundled[model] / file
+        # Names come from workflows of strangers as well: they must not lead out of the folders.
+        if ".." not in Path(name.replace("\\", "/")).parts and not direct.is_absolute():
+            model, _, file = name.replace("\\", "/").partition("/")
+            places = [root / folder / name for root in self.folders for folder in (FOLDERS.get(kind, kind), "")]
+            places += [bundled[model] / file] if model in bundled and file else []
+            for place in places:
+                if place.is_file():
+                    return place
         raise FileError(
             f"No {kind} checkpoint of this name was found",
             given=name,
