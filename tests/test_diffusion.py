@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from vidgen.vidgen_core.diffusion import (
     Diffusion,
     edm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.noise import NoiseStream
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from vidgen.vidgen_core.diffusion import Diffusion, edm, flow_matching, scaled_linear_table, snap, vp, zero_terminal_snr
 from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.timesteps import SCHEDULES, schedule, shift_time
@@ -56,7 +57,9 @@ def test_trailing_is_the_published_spacing(num_steps: int) -> None:
     assert ours.tolist() == published.timesteps.tolist()[:num_steps]
 
 
-@pytest.mark.parametrize(("name", "option"), [("karras", "use_karras_sigmas"), ("exponential", "use_exponential_sigmas")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("karras", "use_karras_sigmas"), ("exponential", "use_exponential_sigmas")]
+)
 @pytest.mark.parametrize("num_steps", [2, 10, 50])
 def test_karras_and_exponential_are_the_published_ones_on_a_table(name: str, option: str, num_steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")

@@ -139,10 +139,6 @@ class Point:
     alpha: float
     sigma: float
 
-    @classmethod
-    def at(cls, diffusion: Diffusion, t: Tensor) -> Point:
-        return cls(t, diffusion.alpha(t).item(), diffusion.sigma(t).item())
-
     @property
     def log_snr(self) -> float:
         """lambda of DPM-Solver: log(alpha / sigma); -inf at zero SNR, inf when clean."""
@@ -173,10 +169,6 @@ class Step:
     @property
     def ends(self) -> tuple[Point, Point]:
         return self.points[self.index], self.points[self.index + 1]
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == len(self.points) - 2
 
 
 Method = Callable[[Step], tuple[Tensor, Tensor]]
@@ -256,7 +248,7 @@ def unipc(step: Step) -> tuple[Tensor, Tensor]:
     x0 = step.denoise(step.x, t.t)
     x = _corrected(step, x0) if step.index > 0 else step.x
     direction = x0
-    if step.index > 0 and not step.is_last:
+    if step.index > 0 and s.sigma > 0:
         direction = x0 + _step_ratio(step.points[step.index - 1], t, s) / 2 * (x0 - step.memory["x0"])
     if step.index > 0:
         step.memory["x0_before"] = step.memory["x0"]
@@ -358,9 +350,9 @@ def sample(
     ts = _check_times(ts)
     state = SamplerState() if state is None else state
     noise = _begin(state, name, eta, x, ts, noise)
-    points = tuple(Point.at(diffusion, t) for t in ts)
+    points = tuple(map(Point, ts, diffusion.alpha(ts).tolist(), diffusion.sigma(ts).tolist()))
     num_steps = len(ts) - 1
-    last = num_steps if stop_after is None else min(stop_after, num_steps)
+    last = _last_step(stop_after, num_steps)
     for index in range(state.step, last):
         memory = dict(state.memory)
         step = Step(
@@ -381,6 +373,16 @@ def sample(
             t = points[index + 1].t.item()
             on_step(StepInfo(step=index + 1, num_steps=num_steps, x=x_next, x0=x0, t=t, state=state))
     return _finish(state.x, points[state.step])
+
+
+def _last_step(stop_after: int | None, num_steps: int) -> int:
+    if stop_after is None:
+        return num_steps
+    if stop_after < 0:
+        raise SettingsError(
+            "stop_after cannot be used", given=stop_after, expected="a number of steps, 0 or more", do="leave it out"
+        )
+    return min(stop_after, num_steps)
 
 
 def _finish(x: Tensor, reached: Point) -> Tensor:
