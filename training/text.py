@@ -9,7 +9,8 @@ caption along directions of its own, also in combinations that were never seen:
 * the pooled vector is drawn towards a sum of one learned vector per attribute, so that the wording
   and the combination leave little trace in it;
 * LLaMA also predicts the next word;
-* unknown words turn up anywhere and words without meaning go missing.
+* phrases are replaced by what else a user might write, unknown words turn up anywhere, and words without
+  meaning go missing.
 
 Heads and attribute vectors are thrown away. The outputs are brought to a root mean square of 1 at the
 end, exactly and inside the weights.
@@ -44,6 +45,42 @@ FILLERS = frozenset(
     ("a", "an", "the", "of", "that", "video", "short", "clip", "shows", "we", "see", "image", "picture", "slowly")
 )
 """words that can go missing or be unknown without a change of meaning"""
+_GERUNDS = {
+    "move": "moving", "slide": "sliding", "drift": "drifting", "travel": "travelling", "bounce": "bouncing",
+    "hop": "hopping", "jump": "jumping", "spin": "spinning", "rotate": "rotating", "turn": "turning",
+    "grow": "growing", "get": "getting", "expand": "expanding", "shrink": "shrinking", "contract": "contracting",
+    "stay": "staying", "rest": "resting", "pan": "panning", "zoom": "zooming",
+}  # fmt: skip
+PARAPHRASES: Mapping[str, tuple[str, ...]] = {
+    "does not move": ("is not moving", "remains still", "is at rest", "stands still"),
+    "do not move": ("are not moving", "remain still", "are at rest", "stand still"),
+    "jumps up and down": ("jumps", "is jumping", "jumping up and down"),
+    "jump up and down": ("jump", "are jumping", "jumping up and down"),
+    "turns around": ("turns", "is turning", "revolves"),
+    "turn around": ("turn", "are turning", "revolve"),
+    "bigger": ("larger",),
+    "upwards": ("upward", "to the top"),
+    "downwards": ("downward", "to the bottom"),
+    "left": ("leftwards",),
+    "right": ("rightwards",),
+    "huge": ("giant",),
+    "disc": ("disk", "round"),
+    "checkered": ("chequered", "checked", "checkerboard"),
+    "dotted": ("dots", "polka dot"),
+    "smooth": ("plain", "simple"),
+    "background": ("backdrop", "ground", "wall"),
+    "on": ("against", "with", "before", "and"),
+    "a": ("the", "some", "single"),
+    "static camera": ("still camera", "fixed camera", "camera static"),
+    ",": ("and", "while", "with", ".", ", and", ";", "as"),
+    **{base: (gerund, f"are {gerund}") for base, gerund in _GERUNDS.items()},
+    **{f"{base}s": (gerund, f"is {gerund}") for base, gerund in _GERUNDS.items()},
+    "move": ("moving", "are moving", "go", "going", "fly", "flying"),
+    "moves": ("moving", "is moving", "goes", "going", "flies", "flying"),
+}
+"""what users write where the captions of the data set have fewer ways to say it"""
+REWORD = 0.15
+"""chance of each phrase that has a paraphrase to be replaced by one"""
 STRANGER = "something"
 """stands for every word outside of the vocabulary"""
 NOISE = 0.05
@@ -62,8 +99,9 @@ READOUTS = ("pooled", "mean", "last")
 
 
 def caption_tokenizer() -> Tokenizer:
-    """The word-level tokenizer of the captions."""
-    return Tokenizer.from_words(VOCABULARY)
+    """The word-level tokenizer of the captions and their paraphrases."""
+    phrases = (phrase for row in PARAPHRASES.values() for phrase in row)
+    return Tokenizer.from_words([*VOCABULARY, *(word for phrase in phrases for word in phrase.split())])
 
 
 def tiny_text_config(*, width: int = 128, skip_layers: int = 1, max_length: int = 32) -> TextConfig:
@@ -118,7 +156,7 @@ class CaptionBatch:
 
 
 def sample_captions(rng: np.random.Generator, count: int, split: str, *, noise: float = 0.0) -> CaptionBatch:
-    """``count`` captions of fresh scenes; ``noise`` as in :data:`NOISE`."""
+    """``count`` captions of fresh scenes. ``noise`` as in :data:`NOISE`; with it, captions are reworded too."""
     pairs = [_labelled_caption(rng, split, noise) for _ in range(count)]
     return CaptionBatch(texts=tuple(text for text, _ in pairs), labels=torch.tensor([labels for _, labels in pairs]))
 
@@ -127,23 +165,33 @@ def _labelled_caption(rng: np.random.Generator, split: str, noise: float) -> tup
     scene = sample_scene(rng, split)
     text, stated = caption_with_fields(scene, rng, image=bool(rng.random() < STILL_IMAGE))
     facts = {name: value for name, value in scene.attributes().items() if name in stated}
-    words, facts = _silenced(text.split(), {**IMPLIED, **facts}, rng)
+    words, facts = _silenced(text.replace(",", " ,").split(), {**IMPLIED, **facts}, rng)
     if rng.random() < EMPTY:
         words, facts = [], {}
     labels = [values.index(facts[name]) if name in facts else len(values) for name, values in ATTRIBUTES.items()]
-    return " ".join(_with_noise(words, rng, noise) if noise else words), labels
+    if noise:
+        words = _with_noise(_reworded(words, rng), rng, noise)
+    return " ".join(words), labels
 
 
 def _silenced(words: list[str], facts: dict[str, str], rng: np.random.Generator) -> tuple[list[str], dict[str, str]]:
     """Sometimes leave out the colour or the shape, which captions of the data set always state."""
-    noun = next(index for index, word in enumerate(words) if word.rstrip(",") in NOUNS)
+    noun = next(index for index, word in enumerate(words) if word in NOUNS)
     if rng.random() < SILENT:
-        words[noun] = STRANGER + "," * words[noun].endswith(",")
+        words[noun] = STRANGER
         del facts["shape"]
     if rng.random() < SILENT:
         del words[noun - 1]
         del facts["colour"]
     return words, facts
+
+
+def _reworded(words: list[str], rng: np.random.Generator) -> list[str]:
+    text = f" {' '.join(words)} "
+    for phrase, others in PARAPHRASES.items():
+        if f" {phrase} " in text and rng.random() < REWORD:
+            text = text.replace(f" {phrase} ", f" {others[int(rng.integers(len(others)))]} ", 1)
+    return text.split()
 
 
 def _with_noise(words: list[str], rng: np.random.Generator, chance: float) -> list[str]:
