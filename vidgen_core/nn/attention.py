@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,11 +16,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
         v: (B, heads, S, d).
         mask: bool, broadcastable to (B, heads, L, S), true where a query may look. None lets every query see every
             key and keeps the fastest kernels available, so leave padding out instead of masking it where possible.
+            Every query must see at least one key.
 
     Returns:
         (B, heads, L, d).
     """
+    if _is_short_cpu_training(q, k):
+        return _three_products(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _is_short_cpu_training(q: Tensor, k: Tensor) -> bool:
+    """Where the fused kernel's backward in bfloat16 is 3 to 4 times slower than plain matrix products."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and torch.is_grad_enabled()
+        and q.requires_grad
+        and k.shape[-2] <= 1024
+    )
+
+
+def _three_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention with its scores in memory; they are rounded to the dtype of ``q``."""
+    batch, heads, length, width = q.shape
+    q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
+    bias = q.new_zeros(1, 1, 1)
+    if mask is not None:
+        bias = q.new_zeros(()).masked_fill(~mask, float("-inf")).expand(batch, heads, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, length, width)
 
 
 def trim_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -20,19 +20,19 @@ def rope_table(
     *,
     num_plain: int = 0,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token's rotations; kept for the last few grids, never part of a state dict.
+) -> Tensor:
+    """Every token's rotations; kept for the last few grids, never part of a state dict.
 
     Args:
         grid: tokens along (frames, rows, columns); positions count from 0 on each axis.
         axes: head channels given to each axis, all even.
         theta: base of the geometric ladder of frequencies, theta ** (-2 i / axis).
-        num_plain: tokens after the grid (text) that are not rotated: cosine 1, sine 0.
+        num_plain: tokens after the grid (text) that are not rotated.
         device: where the tables live.
 
     Returns:
-        Two float32 tensors (L, 1, sum(axes)) with L = prod(grid) + num_plain, ready to broadcast over heads: the
-        cosines, and the sines with the sign of the even channels flipped (see :func:`apply_rope`).
+        complex64 (L, 1, sum(axes) / 2) with L = prod(grid) + num_plain, ready to broadcast over heads: the unit
+        number that turns each channel pair.
     """
     # A table first made while sampling must also serve training, which inference tensors cannot.
     with torch.inference_mode(False), torch.no_grad():
@@ -46,16 +46,12 @@ def rope_table(
             angles.append(torch.outer(positions, frequencies).view(shape).expand(*grid, -1))
         angle = torch.cat(angles, dim=-1).flatten(0, 2)
         angle = torch.cat([angle, angle.new_zeros(num_plain, angle.shape[1])])
-        cos = angle.cos().repeat_interleave(2, dim=1)
-        sin = angle.sin()
-        sin = torch.stack([-sin, sin], dim=-1).flatten(1)
-        return cos.unsqueeze(1), sin.unsqueeze(1)
+        return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
 
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the channel pairs of ``x`` (B, L, heads, d); float32 inside, the dtype of ``x`` outside."""
-    cos, sin = table
-    wide = x.float()
-    # (a, b) -> (a cos - b sin, b cos + a sin): the sign lives in the table, so swapping each pair is all that is left.
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    # One complex product reads and writes every number once; written with cosines and sines it is 5 to 10 times
+    # slower on a CPU, forward and backward.
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

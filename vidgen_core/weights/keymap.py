@@ -123,7 +123,7 @@ class KeyMap:
             gathered.setdefault(place.fill(place.row.native), (place, {}))[1][place.part] = tensor
         native = {}
         for name, (place, parts) in gathered.items():
-            missing = [prefix + place.fill(pattern) for part, pattern in enumerate(place.row.names) if part not in parts]
+            missing = [prefix + place.fill(p) for part, p in enumerate(place.row.names) if part not in parts]
             if missing:
                 raise CheckpointError(
                     f"The weight {name!r} cannot be put together",

@@ -35,8 +35,8 @@ class _Context:
     """(B, 1, D) after SiLU: for text tokens, and for video tokens unless they have their own"""
     frame_vec: Tensor
     """(B, F, D) after SiLU: for video tokens"""
-    rope: tuple[Tensor, Tensor]
-    """tables over the L + M joint tokens; text is not rotated"""
+    rope: Tensor
+    """rotations of the L + M joint tokens; text is not rotated"""
     mask: Tensor | None
     """(B, 1, 1, L + M) bool, true for tokens that may be looked at"""
     num_video: int
