@@ -22,6 +22,10 @@ class Codec(Protocol):
         """How many pixels and frames one latent stands for."""
         ...
 
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the posterior over latents; tiles are blended here, before anything is drawn."""
+        ...
+
     def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Latents of ``video``: a sample of the posterior with a generator, its mode without."""
         ...
@@ -29,3 +33,15 @@ class Codec(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Video of ``latents``, about [-1, 1]; not clamped."""
         ...
+
+
+def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A sample of the diagonal Gaussian, its mode for ``generator=None``.
+
+    The noise is drawn in fp32 on the generator's own device, so that a CPU generator gives the same latents
+    everywhere and in every dtype.
+    """
+    if generator is None:
+        return mean
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+    return mean + torch.exp(0.5 * logvar) * noise.to(mean)

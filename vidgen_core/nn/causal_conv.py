@@ -21,9 +21,7 @@ class CausalConv3d(nn.Module):
     checkpoints (source: HunyuanVideo ``hyvideo/vae/unet_causal_3d_blocks.py``).
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 3, *, stride: Steps = (1, 1, 1)
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, stride: Steps = (1, 1, 1)) -> None:
         super().__init__()
         side = kernel // 2
         self.padding = (side, side, side, side, kernel - 1, 0)

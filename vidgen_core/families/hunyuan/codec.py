@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from ...codec import draw
 from ...types import Grid
 from .config import CodecConfig
 from .vae import CausalVAE
@@ -26,21 +29,19 @@ class HunyuanCodec(nn.Module):
         """How many pixels and frames one latent stands for."""
         return self.vae.grid
 
-    def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> (B, C, T', H', W') at unit scale.
-
-        Args:
-            video: T is 4 n + 1; H and W are multiples of 8.
-            generator: draws from the posterior, on the generator's own device; None takes the mode.
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, T, H, W) in [-1, 1] -> mean and log variance at unit scale, each (B, C, T', H', W').
 
         Raises:
-            SettingsError: a size that the codec cannot make.
+            SettingsError: T is not 4 n + 1, or H or W is not a multiple of 8.
         """
         mean, logvar = self.vae.encode(self._cast(video))
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device)
-            mean = mean + torch.exp(0.5 * logvar) * noise.to(mean)
-        return mean * self.config.scaling_factor
+        scale = self.config.scaling_factor
+        return mean * scale, logvar + 2 * math.log(scale)
+
+    def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, C, T', H', W') at unit scale: the mode, or a sample with a generator."""
+        return draw(*self.moments(video), generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, H, W) at unit scale -> (B, 3, 4 (T - 1) + 1, 8 H, 8 W), about [-1, 1]."""
