@@ -180,11 +180,11 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
+def test_a_new_file_has_ordinary_permissions(tmp_path: Path, checkpoint: Path) -> None:
     plain, ours = tmp_path / "plain", tmp_path / "ours"
     plain.touch()
     save_json(ours, 1)
-    assert ours.stat().st_mode == plain.stat().st_mode
+    assert ours.stat().st_mode == plain.stat().st_mode == checkpoint.stat().st_mode
 
 
 def test_a_missing_folder_or_a_folder_as_target_is_a_file_error(tmp_path: Path) -> None:
