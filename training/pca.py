@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..vidgen_core.errors import RecipeError
-from ..vidgen_core.families.hunyuan.vae import CausalVAE, ResnetBlock
+from ..vidgen_core.families.hunyuan.vae import CausalVAE, ResnetBlock, level_steps
 
 CONSTANT = 16.0
 """the constant channels of a group, in standard deviations of the components"""
@@ -96,10 +97,10 @@ def _check(vae: CausalVAE) -> None:
     if not fits:
         raise RecipeError(
             "The closed-form encoder does not fit into this codec",
-            given=f"block_channels {config.block_channels}, {config.num_groups} groups, {config.latent_channels} latents",
+            given=f"channels {config.block_channels}, {config.num_groups} groups, {config.latent_channels} latents",
             expected="8 px and 4 frames, 4 levels, at least 12 channels in the first, the last two alike, and room "
             "for a pair of channels per latent and a pair of constants per group",
-            do="use block_channels = [16, 32, 64, 64], num_groups = 8, latent_channels = 24 or fewer",
+            do="use block_channels = [16, 32, 64, 64], num_groups = 4, latent_channels = 24 or fewer",
         )
 
 
@@ -199,6 +200,127 @@ def _set_exit(vae: CausalVAE) -> None:
     _clear(vae.quant_conv)
     for channel in range(2 * config.latent_channels):
         vae.quant_conv.weight[channel, channel] = 1.0
+
+
+# ---------------------------------------------------------------------------------------------
+# the way back
+
+DECODER_CONSTANT = 2.0
+"""as CONSTANT, in the units of pixels; small, because training starts from here and mends the rest"""
+RIDGE = 1e-4
+MAX_POSITIONS = 200_000
+
+
+@torch.no_grad()
+def set_decoder(vae: CausalVAE, latents: Tensor, videos: Tensor) -> None:
+    """Start the decoder as a linear one, fitted level by level; training goes on from there.
+
+    Each upsampling convolution is fitted by least squares to the principal components of the finer patches that it
+    has to produce, from what the level before really gives. Nearest-neighbour upsampling cannot draw the finest
+    alternation within a cell, so this is no inverse of the encoder, but it is far from nothing. Channels that the
+    fit does not need keep their random features for the residual branches to use.
+
+    Args:
+        latents: (N, C, T', H', W') of the videos, at the VAE's scale.
+        videos: (N, 3, T, H, W) in [-1, 1]; some sixty are enough.
+    """
+    decoder = vae.decoder
+    if vae.config.block_channels[0] // vae.config.num_groups < 4 or vae.config.num_groups < 3:
+        raise RecipeError(
+            "The closed-form decoder does not fit into this codec",
+            given=f"{vae.config.num_groups} groups in {vae.config.block_channels[0]} channels",
+            expected="at least 3 groups of at least 4 channels in the finest level",
+            do="use block_channels = [16, 32, 64, 64] and num_groups = 4",
+        )
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        for layer in block.resnets:
+            _make_straight(layer)
+    for attention in decoder.mid_block.attentions:
+        nn.init.zeros_(attention.to_out[0].weight)
+        nn.init.zeros_(attention.to_out[0].bias)
+    _clear(vae.post_quant_conv)
+    for channel in range(vae.config.latent_channels):
+        vae.post_quant_conv.weight[channel, channel] = 1.0
+        decoder.conv_in.conv.weight[channel] = 0.0
+        decoder.conv_in.conv.weight[channel, channel, 2, 1, 1] = 1.0
+
+    pairs = _patches(_patches(videos, (1, 2, 2)), (2, 2, 2))  # 2 frames x 4 x 4 px
+    fours = torch.cat([torch.cat([pairs[:, :, :1], pairs[:, :, 1::2]], dim=2), pairs[:, :, ::2]], dim=1)
+    targets = (_leading(fours, vae.config.block_channels[-1]), _leading(_patches(videos, (2, 2, 2)), 24), videos)
+    signal = decoder.conv_in(vae.post_quant_conv(latents))
+    for block, steps, target in zip(decoder.up_blocks[:3], level_steps(vae.config)[:3], targets, strict=True):
+        for layer in block.resnets:
+            signal = layer(signal)
+        upsampler = block.upsamplers[0]
+        weight, bias = _fitted(signal, steps, target)
+        if target is videos:
+            weight, bias = _exit_layout(vae, weight, bias)
+        upsampler.conv.conv.weight[: len(weight)] = weight
+        upsampler.conv.conv.bias[: len(bias)] = bias
+        signal = upsampler(signal)
+    _set_decoder_exit(vae, videos)
+
+
+def _leading(patches: Tensor, num: int) -> Tensor:
+    """(N, P, T, H, W) -> (N, min(num, P), T, H, W): coordinates along the leading principal directions."""
+    basis, mean, _ = _components(patches, min(num, patches.shape[1]))
+    return torch.einsum("nptyx,pk->nktyx", patches - mean[:, None, None, None], basis)
+
+
+def _fitted(x: Tensor, steps: tuple[int, int, int], target: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (K, C, 3, 3, 3) and bias (K,) of the causal convolution that comes nearest to ``target`` after ``x`` is
+    upsampled by ``steps``, in the mean square over at most MAX_POSITIONS positions."""
+    generator = torch.Generator().manual_seed(0)
+    num_features, num_targets = 27 * x.shape[1] + 1, target.shape[1]
+    gram = torch.zeros(num_features, num_features, dtype=torch.float64)
+    cross = torch.zeros(num_features, num_targets, dtype=torch.float64)
+    area = math.prod(target.shape[2:])
+    share = max(1, MAX_POSITIONS // len(x))
+    for clip, wanted in zip(x.split(1), target.split(1), strict=True):
+        up = clip.repeat_interleave(steps[1], 3).repeat_interleave(steps[2], 4)
+        up = up.repeat_interleave(steps[0], 2)[:, :, steps[0] - 1 :]
+        up = F.pad(up, (1, 1, 1, 1, 2, 0), mode="replicate")[0]
+        windows = up.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # (C, T, H, W, 3, 3, 3)
+        chosen = torch.randperm(area, generator=generator)[:share]
+        t, y, z = torch.unravel_index(chosen, target.shape[2:])
+        rows = windows[:, t, y, z].movedim(0, 1).flatten(1)
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        gram += (rows.T @ rows).double()
+        cross += (rows.T @ wanted[0].flatten(1)[:, chosen].T).double()
+    ridge = RIDGE * gram.diagonal().mean()
+    solution = torch.linalg.solve(gram + ridge * torch.eye(num_features, dtype=torch.float64), cross).float()
+    return solution[:-1].T.reshape(num_targets, x.shape[1], 3, 3, 3), solution[-1]
+
+
+def _exit_layout(vae: CausalVAE, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows for the last upsampling: in each group of the norm a colour, its negative and two constants."""
+    width = vae.config.block_channels[0]
+    per_group = width // vae.config.num_groups
+    rows, offsets = weight.new_zeros(3 * per_group, *weight.shape[1:]), bias.new_zeros(3 * per_group)
+    for colour in range(3):
+        first = colour * per_group
+        rows[first], rows[first + 1] = weight[colour], -weight[colour]
+        offsets[first], offsets[first + 1] = bias[colour], -bias[colour]
+        offsets[first + 2], offsets[first + 3] = DECODER_CONSTANT, -DECODER_CONSTANT
+    return rows, offsets
+
+
+def _set_decoder_exit(vae: CausalVAE, videos: Tensor) -> None:
+    """silu(a) - silu(-a) = a again, times what the norm has divided by."""
+    decoder = vae.decoder
+    per_group = vae.config.block_channels[0] // vae.config.num_groups
+    nn.init.ones_(decoder.conv_norm_out.weight)
+    nn.init.zeros_(decoder.conv_norm_out.bias)
+    conv = decoder.conv_out.conv
+    _clear(conv)
+    for colour in range(3):
+        energy = 2 * (DECODER_CONSTANT**2 + float(videos[:, colour].square().mean()))
+        norm = math.sqrt(energy / per_group)
+        conv.weight[colour, colour * per_group, 2, 1, 1] = norm
+        conv.weight[colour, colour * per_group + 1, 2, 1, 1] = -norm
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 class Shortcut(nn.Module):

@@ -24,7 +24,7 @@ from ..vidgen_core.families.hunyuan.vae import CausalVAE
 from ..vidgen_core.weights.save import save_checkpoint
 from .data.pool import PoolSettings, draw_clip, open_pool
 from .loop import Draw, Objective
-from .pca import set_encoder, without_idle_branches
+from .pca import set_decoder, set_encoder, without_idle_branches
 from .pictures import contact_sheet
 from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
 
@@ -75,7 +75,8 @@ class VaeRecipe:
     init: str | None = None
     """a codec file to start from"""
     encoder: Literal["trained", "pca"] = "trained"
-    """pca: closed form (``pca.py``) and frozen, so that latents stay what they are while the decoder learns"""
+    """pca: closed form (``pca.py``) and frozen, so that latents stay what they are while the decoder learns, which
+    starts in closed form too"""
 
 
 class VaeObjective(Objective):
@@ -101,7 +102,12 @@ class VaeObjective(Objective):
         if self.recipe.init is None:
             still = replace(self.recipe.pool, max_interval=1)
             clips = [torch.from_numpy(draw_clip(still, i)) for i in range(PCA_CLIPS)]
-            set_encoder(self.vae, torch.stack(clips).float() / 127.5 - 1)
+            videos = torch.stack(clips).float() / 127.5 - 1
+            set_encoder(self.vae, videos)
+            videos = videos[: PCA_CLIPS // 5]
+            with torch.no_grad():
+                latents = without_idle_branches(self.vae).encode(videos)[0]
+            set_decoder(self.vae, latents, videos)
         for part in (self.vae.encoder, self.vae.quant_conv):
             part.requires_grad_(False)
         self.light.append(without_idle_branches(self.vae))
