@@ -47,10 +47,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             yield temporary
             _usual_permissions(temporary)
             _flush_to_disk(temporary)
-            # Temporary files, ours and those that libraries make, are private; the result is an ordinary new file.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
     except OSError as error:
         raise write_error(path, error) from error
