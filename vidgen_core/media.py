@@ -255,7 +255,7 @@ def _verify(path: Path, tags: Mapping[str, str]) -> None:
     """A file that lost its workflow on the way, or its end, must not replace a good one."""
     if path.stat().st_size == 0:
         raise FileError("ffmpeg wrote an empty file", given=path, do="try another format or folder")
-    if FORMATS[path.suffix] is _MP4:
+    if FORMATS[path.suffix.lower()] is _MP4:
         found = read_metadata(path)
         lost = [key for key, value in tags.items() if found.get(key) != value]
         if lost:
