@@ -16,6 +16,7 @@ from vidgen.vidgen_core.guidance import (
     cfg_schedule,
     dynamic_thresholding,
     hold,
+    oscillating,
     per_frame,
     per_frame_triangle,
     power_cosine,
@@ -141,7 +142,7 @@ def test_hold_tells_half_precision_latents_an_exact_time() -> None:
         return x
 
     hold(network, Held(latents=COND, mask=mask))(X.bfloat16(), torch.tensor(0.7371, dtype=torch.float64))
-    assert told[0].flatten().tolist() == pytest.approx([0.7371] * 5, abs=1e-7)
+    assert told[0].flatten().tolist() == pytest.approx([0.7371] * 5, abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,12 @@ def test_power_cosine_is_cogvideos_formula() -> None:
         expected = 1 + 6.0 * ((1 - math.cos(math.pi * ((50 - entry) / 50) ** 5.0)) / 2)
         # 19 ** 5 times pi leaves 1e-16 relative at 2.5e6: nine digits after the point.
         assert at((entry + 1) / 1000) == pytest.approx(expected, abs=1e-9)
+
+
+def test_oscillating_alternates_after_its_first_steps() -> None:
+    ts = torch.linspace(1, 0, 9, dtype=torch.float64)
+    at = oscillating(7.0, ts, low=2.0, after=3)
+    assert [at(t) for t in ts.tolist()[:-1]] == [7.0, 7.0, 7.0, 2.0, 7.0, 2.0, 7.0, 2.0]
 
 
 def test_a_schedule_is_read_at_the_samplers_time() -> None:

@@ -55,6 +55,8 @@ def test_unusable_seeds_are_refused(seed: object) -> None:
 def test_the_state_of_another_batch_size_is_refused() -> None:
     with pytest.raises(SettingsError, match="batch size"):
         NoiseStream([1]).load_state(NoiseStream([1, 2]).state())
+    with pytest.raises(SettingsError, match="16 bytes"):
+        NoiseStream([1]).load_state(torch.zeros(1, 16, dtype=torch.uint8))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

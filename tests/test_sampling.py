@@ -488,6 +488,29 @@ def test_a_batch_of_four_is_four_single_runs(name: str) -> None:
     assert torch.equal(run(20, 4), torch.cat([run(20 + index, 1) for index in range(4)]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_cuda_device_makes_the_same_run_and_resumes_one_from_the_cpu(name: str) -> None:
+    diffusion = PROCESSES["flow"]
+    ts = schedule("simple", 6)
+
+    def run(device: str, state: SamplerState | None = None, stop_after: int | None = None) -> Tensor:
+        noise = NoiseStream.of_batch(3, 2)
+        x = noise.draw((4, 3, 2, 2), device)
+        held = Held(latents=x, mask=torch.zeros(2, 1, 3, 1, 1, dtype=torch.bool, device=device))
+        denoise = hold(lambda x, t: diffusion.to_x0(x, torch.tanh(x), t), held)
+        return sample(name, denoise, diffusion, x, ts, noise=noise, state=state, stop_after=stop_after)
+
+    whole = run("cpu")
+    # float32, and tanh rounds differently on the two devices.
+    torch.testing.assert_close(run("cuda").cpu(), whole, rtol=0, atol=1e-5)
+    state = SamplerState()
+    run("cpu", state, 3)
+    resumed = run("cuda", state)
+    assert resumed.is_cuda
+    torch.testing.assert_close(resumed.cpu(), whole, rtol=0, atol=1e-5)
+
+
 def test_on_step_sees_every_step() -> None:
     denoise, diffusion, x, ts = a_run("heun", "flow")
     seen: list[StepInfo] = []
@@ -600,6 +623,11 @@ def test_files_that_are_not_saved_runs(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)
     with pytest.raises(CheckpointError, match="not a saved run"):
+        SamplerState.load(other)
+    save_file(
+        {"x": torch.zeros(1)}, other, {"vidgen.part": "sampler_state", "vidgen.format": "1", "vidgen.state": "{}"}
+    )
+    with pytest.raises(CheckpointError, match="damaged"):
         SamplerState.load(other)
     with pytest.raises(SettingsError, match="not begun"):
         SamplerState().save(tmp_path / "empty.safetensors")

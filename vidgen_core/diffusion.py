@@ -277,7 +277,8 @@ def vp(alphas_cumprod: Tensor, *, predicts: Prediction = "v") -> Diffusion:
         alpha=grid.alpha,
         sigma=grid.sigma,
         predicts=predicts,
-        clock=lambda t: (num * t - 1).clamp(min=0),
+        # Rounded, so that an entry of the table is told as a whole number even if t came in float32.
+        clock=lambda t: torch.round(num * t - 1, decimals=3).clamp(min=0),
         input_scale=torch.ones_like,
         time_at=grid.time_at,
         levels=(math.exp(finite[0]), 2.0**12 if table[-1] == 0 else math.exp(finite[-1])),

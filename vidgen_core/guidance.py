@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .diffusion import Diffusion, fit
+from .diffusion import Diffusion
 from .errors import SettingsError, unknown_name
 from .types import Denoise, Held
 
@@ -57,8 +57,8 @@ def cfg(
             return x0
         if diffusion is None:
             return rescale_guidance(x0, positive, rescale)
-        outputs = (diffusion.target(value, x, t) for value in (x0, positive))
-        return diffusion.to_x0(x, rescale_guidance(*outputs, rescale), t)
+        output, wanted = diffusion.target(x0, x, t), diffusion.target(positive, x, t)
+        return diffusion.to_x0(x, rescale_guidance(output, wanted, rescale), t)
 
     return guided
 
@@ -116,12 +116,18 @@ def hold(denoise: Denoise, held: Held) -> Denoise:
     def held_denoise(x: Tensor, t: Tensor) -> Tensor:
         mask = held.mask.to(x.device)
         clean = held.latents.to(x)
-        t_frames = torch.where(mask, 0.0, fit(t, x))
-        if t_frames.dtype != torch.float64:
-            t_frames = t_frames.float()
+        t_frames = torch.where(mask, 0.0, _over_latents(t, x))
         return torch.where(mask, clean, denoise(torch.where(mask, clean, x), t_frames))
 
     return held_denoise
+
+
+def _over_latents(t: Tensor, x: Tensor) -> Tensor:
+    """0-dim, (B,) or per-frame ``t`` on the device of ``x``, in a shape that broadcasts against it. In float64 where
+    there is one: a time in half precision would be another time."""
+    t = t.to(device="cpu" if t.ndim == 0 else x.device)
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return (t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim < 2 else t).to(dtype=dtype).to(x.device)
 
 
 # --- guidance that changes along the run: functions of t ---------------------------------------------------
@@ -189,6 +195,18 @@ def power_cosine(scale: float, num_steps: int, *, num_timesteps: int = 1000, pow
     def at(t: float) -> float:
         entry = round(num_timesteps * t) - 1
         return 1 + scale * (1 - math.cos(math.pi * ((num_steps - entry) / num_steps) ** power)) / 2
+
+    return at
+
+
+def oscillating(scale: float, ts: Tensor, *, low: float = 1.0, after: int = 10) -> ScaleAt:
+    """``scale`` for the first ``after`` steps of the run ``ts``, then ``low`` and ``scale`` in turn (Ho et al. 2022,
+    Imagen Video, section 3.4): strong guidance without burnt colours."""
+    times = ts.detach().to("cpu", torch.float64)
+
+    def at(t: float) -> float:
+        step = int((times - t).abs().argmin())
+        return low if step >= after and (step - after) % 2 == 0 else scale
 
     return at
 

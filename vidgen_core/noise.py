@@ -55,11 +55,11 @@ class NoiseStream:
 
     def load_state(self, state: Tensor) -> None:
         """Continue from :meth:`state`; :class:`SettingsError` if it was made for another batch size."""
-        if len(state) != len(self._generators):
+        if state.shape != self.state().shape:
             raise SettingsError(
-                "The saved noise belongs to another batch size",
-                given=f"{len(state)} samples",
-                expected=f"{len(self._generators)} samples",
+                "The saved noise belongs to another batch size or version of torch",
+                given=f"{len(state)} samples of {state[0].numel() if len(state) else 0} bytes",
+                expected=f"{len(self._generators)} samples of {self.state().shape[1]} bytes",
                 do="resume with the batch size the run was started with",
             )
         for generator, own in zip(self._generators, state.cpu(), strict=True):

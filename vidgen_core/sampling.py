@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ class SamplerState:
         if self.noise is not None:
             tensors["noise"] = self.noise
         numbers = {"sampler": self.sampler, "step": self.step, "eta": self.eta, "seeds": list(self.seeds)}
+        numbers["run"] = self.run
         metadata = {"vidgen.part": "sampler_state", "vidgen.format": STATE_FORMAT, "vidgen.state": json.dumps(numbers)}
-        metadata["vidgen.run"] = self.run
         # Clones: two names may share memory (x and the remembered x), which the format refuses.
         whole = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         _write_whole(Path(path), save(whole, metadata))
@@ -86,7 +87,13 @@ class SamplerState:
                 expected=f"a safetensors file with vidgen.part = sampler_state, format {STATE_FORMAT}",
                 do="choose the file that the interrupted run has written",
             )
-        numbers = json.loads(metadata["vidgen.state"])
+        try:
+            return cls._from_file(json.loads(metadata["vidgen.state"]), tensors)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError("The saved run is damaged", given=path, do="start the run afresh") from error
+
+    @classmethod
+    def _from_file(cls, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> SamplerState:
         prefix = "memory."
         return cls(
             sampler=numbers["sampler"],
@@ -97,7 +104,7 @@ class SamplerState:
             ts=tensors["ts"],
             noise=tensors.get("noise"),
             memory={key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)},
-            run=metadata.get("vidgen.run", ""),
+            run=numbers["run"],
         )
 
 
@@ -349,30 +356,29 @@ def sample(
     eta = _check_eta(name, sampler, eta)
     ts = _check_times(ts)
     state = SamplerState() if state is None else state
-    noise = _begin(state, name, eta, x, ts, noise)
+    x, noise = _begin(state, name, eta, x, ts, noise)
     points = tuple(map(Point, ts, diffusion.alpha(ts).tolist(), diffusion.sigma(ts).tolist()))
     num_steps = len(ts) - 1
-    last = _last_step(stop_after, num_steps)
-    for index in range(state.step, last):
-        memory = dict(state.memory)
+    for index in range(state.step, _last_step(stop_after, num_steps)):
         step = Step(
             denoise=denoise,
             diffusion=diffusion,
-            x=state.x,
+            x=x,
             points=points,
             index=index,
             eta=eta,
-            memory=memory,
-            fresh_noise=_drawer(name, noise, state.x),
+            memory=dict(state.memory),
+            fresh_noise=_drawer(name, noise, x),
         )
-        x_next, x0 = sampler.method(step)
-        _check_finite(x_next, index, num_steps)
-        state.x, state.memory, state.step = x_next, memory, index + 1
+        x, x0 = sampler.method(step)
+        _check_finite(x, index, num_steps)
+        # Only now, all at once: whatever is raised above leaves the state at the end of the step before.
+        state.x, state.memory, state.step = x, step.memory, index + 1
         state.noise = None if noise is None else noise.state()
         if on_step is not None:
             t = points[index + 1].t.item()
-            on_step(StepInfo(step=index + 1, num_steps=num_steps, x=x_next, x0=x0, t=t, state=state))
-    return _finish(state.x, points[state.step])
+            on_step(StepInfo(step=index + 1, num_steps=num_steps, x=x, x0=x0, t=t, state=state))
+    return _finish(x, points[state.step])
 
 
 def _last_step(stop_after: int | None, num_steps: int) -> int:
@@ -403,8 +409,8 @@ def _drawer(name: str, noise: NoiseStream | None, x: Tensor) -> Callable[[], Ten
 
 def _begin(
     state: SamplerState, name: str, eta: float, x: Tensor | None, ts: Tensor, noise: NoiseStream | None
-) -> NoiseStream | None:
-    """Fill an empty state, or check a begun one and put it and the noise where the run stood."""
+) -> tuple[Tensor, NoiseStream | None]:
+    """Fill an empty state, or check a begun one; the latents and the noise as they stood."""
     if state.x is None:
         if x is None:
             raise SettingsError("There is nothing to sample from", expected="noise, or the state of an interrupted run")
@@ -412,16 +418,15 @@ def _begin(
         state.sampler, state.eta, state.ts = name, eta, ts
         state.seeds = () if noise is None else noise.seeds
         state.noise = None if noise is None else noise.state()
-        return noise
+        return state.x, noise
     _check_same_run(state, name, eta, ts)
     if x is not None:
         state.x = state.x.to(x.device)
         state.memory = {key: value.to(x.device) for key, value in state.memory.items()}
-    if state.noise is None:
-        return noise
-    noise = NoiseStream(state.seeds) if noise is None else noise
-    noise.load_state(state.noise)
-    return noise
+    if state.noise is not None:
+        noise = NoiseStream(state.seeds) if noise is None else noise
+        noise.load_state(state.noise)
+    return state.x, noise
 
 
 def _check_same_run(state: SamplerState, name: str, eta: float, ts: Tensor) -> None:
