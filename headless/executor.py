@@ -166,7 +166,7 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
     cls = classes[node["class_type"]]
     inputs = node.get("inputs", {})
     validate = getattr(cls, "VALIDATE_INPUTS", None)
-    own_checks = set(inspect.signature(validate).parameters) if validate else set()
+    own_checks = inspect.signature(validate).parameters if validate else {}
     plain: dict[str, Any] = {}
     for name, kind, options, required in input_specs(cls):
         if name not in inputs:
@@ -185,7 +185,10 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
         # As in ComfyUI, a value that the class checks itself is not checked here.
         if name not in own_checks:
             yield from _value_problems(name, kind, options, plain[name])
-    if validate and own_checks <= plain.keys() | {p for p in own_checks if p not in inputs}:
+    # What comes through a link is not known yet.
+    if validate and all(
+        name in plain or parameter.default is not parameter.empty for name, parameter in own_checks.items()
+    ):
         verdict = validate(**{name: value for name, value in plain.items() if name in own_checks})
         if verdict is not True:
             yield Problem(kind="custom_validation_failed", message=str(verdict))
