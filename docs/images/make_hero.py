@@ -18,10 +18,10 @@ PROMPTS = (
     "a small pink heart bounces, the camera zooms in",
     "a large yellow circle moves to the right",
     "a green square shrinks, the camera pans left",
-    "a purple cross falls on a dotted background",
+    "a purple cross drifts down on a dotted white background",
     "two orange triangles move up",
     "a cyan heart grows on a black background",
-    "a blue star moves down-left, the camera zooms out",
+    "a blue star moves down and left, the camera zooms out",
 )
 COLUMNS = 4
 TILE_PX = 192  # side of a clip in the picture
