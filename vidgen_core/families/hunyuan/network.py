@@ -311,8 +311,9 @@ class HunyuanVideoTransformer(nn.Module):
         time = times.amax(dim=1)
         mask = None if context_mask is None else context_mask.bool()
 
-        img = self.img_in(x.to(dtype))
-        txt = self.txt_in(context.to(dtype), time, mask)
+        # Under autocast these come out narrower than the weights; the residual streams keep the weights' precision.
+        img = self.img_in(x.to(dtype)).to(dtype)
+        txt = self.txt_in(context.to(dtype), time, mask).to(dtype)
         vec, frame_vec = self._vectors(time, times, pooled.to(dtype), guidance)
         block_context = _Context(
             vec=vec,
