@@ -15,7 +15,7 @@ from ..vidgen_core.errors import RecipeError, UserError
 
 log = logging.getLogger("vidgen")
 
-STAGES = ("vae",)
+STAGES = ("vae", "dit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +89,10 @@ def _stage(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any]:
         from .vae import VaeObjective, VaeRecipe
 
         return read_recipe(recipe, VaeRecipe, overrides), VaeObjective
+    if stage == "dit":
+        from .dit import DitObjective, DitRecipe
+
+        return read_recipe(recipe, DitRecipe, overrides), DitObjective
     raise RecipeError("The recipe's stage is not known", given=f"stage = {stage!r}", expected=", ".join(STAGES))
 
 

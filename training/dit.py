@@ -1,0 +1,288 @@
+"""Training of the diffusion transformer: flow matching on cached latents, videos and images, text on the fly.
+
+Noise, target and conditioning come from the core (``VideoModel.predict``, ``Diffusion``), never from here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..vidgen_core.errors import RecipeError
+from ..vidgen_core.families.hunyuan.codec import HunyuanCodec
+from ..vidgen_core.families.hunyuan.config import NetworkConfig
+from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
+from ..vidgen_core.families.hunyuan.text import TextStack
+from ..vidgen_core.generate import Sampling, decode_latents, encode_prompts, sample_latents
+from ..vidgen_core.model import VideoModel, load_text
+from ..vidgen_core.preview import fit_preview
+from ..vidgen_core.timesteps import shift_time
+from ..vidgen_core.types import Conditioning, Defaults, VideoShape
+from .data import detect, shapes
+from .data.latents import load_frozen_codec, open_latents
+from .data.pool import PoolSettings
+from .export import export_network
+from .loop import Draw, Objective, mix
+from .pictures import contact_sheet
+from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
+
+log = logging.getLogger("vidgen")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeSettings:
+    """How often which noise level is trained: t = shift(sigmoid(normal(mean, std)))."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    """above 1 moves weight to the noisy end"""
+    uniform_share: float = 0.1
+    """share of the samples with uniform t: the ends would hardly be trained otherwise"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DitMixSettings:
+    image_share: float = 0.15
+    """of the batches, how many are single frames"""
+    image_batch: int = 4
+    """images of such a batch for each video of the others"""
+    text_dropout: float = 0.1
+    """share of the samples with the empty prompt, for guidance"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DitEvaluationSettings:
+    num_losses: int = 64
+    """unseen clips for the validation loss"""
+    num_videos: int = 12
+    """prompts that are rendered and judged; half of them are combinations never trained on"""
+    num_steps: int | None = None
+    """None: the default of the model"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DitRecipe:
+    """``stage = "dit"``."""
+
+    stage: Literal["dit"]
+    codec: str
+    """the codec's file"""
+    text: str
+    """the text encoders' file"""
+    run: RunSettings
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    model: NetworkConfig = field(default_factory=NetworkConfig)
+    defaults: Defaults = field(default_factory=Defaults)
+    """written into the checkpoint; evaluation samples with them"""
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    time: TimeSettings = field(default_factory=TimeSettings)
+    mix: DitMixSettings = field(default_factory=DitMixSettings)
+    evaluation: DitEvaluationSettings = field(default_factory=DitEvaluationSettings)
+    init: str | None = None
+    """a network file to start from"""
+    compile: bool = False
+    """torch.compile the network; needs a C++ compiler"""
+
+
+@dataclass(frozen=True, slots=True)
+class DitBatch:
+    """What one step sees. x0 and noise (B, C, T, H, W), t (B,)."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    cond: Conditioning
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The parts that are used and not trained; outside of the module tree, so never saved or averaged."""
+
+    codec: HunyuanCodec
+    text: TextStack
+
+
+class DitObjective(Objective):
+    """The network, its latents and captions, and the flow-matching loss."""
+
+    metrics = ("video", "image")
+
+    def __init__(self, recipe: DitRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        text = load_text(recipe.text, dtype=torch.float32)
+        assert isinstance(text, TextStack)
+        self.frozen = Frozen(load_frozen_codec(recipe.codec), text.requires_grad_(False).eval())
+        self.network = HunyuanVideoTransformer(recipe.model)
+        self.network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+        if recipe.init is not None:
+            from safetensors.torch import load_file
+
+            self.network.load_state_dict({name: t.float() for name, t in load_file(recipe.init).items()})
+        self.model = VideoModel.of("hunyuan", recipe.model, self.network, defaults=recipe.defaults)
+        self._check()
+        self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
+        if recipe.compile:
+            self.network.compile(dynamic=True)
+
+    def _check(self) -> None:
+        family, config = self.model.family, self.recipe.model
+        problem = family.fits_text(config, self.frozen.text.config)
+        if problem is not None:
+            raise RecipeError("The network and the text encoders do not fit together", given=problem)
+        channels = self.frozen.codec.grid.channels
+        if config.out_channels != channels:
+            raise RecipeError(
+                "The network and the codec do not fit together",
+                given=f"model.out_channels = {config.out_channels}",
+                expected=f"{channels}, the channels of the latents",
+            )
+
+    def is_hidden(self, name: str) -> bool:
+        """Attention and MLP matrices of the blocks; embedders, modulations and the output stay with AdamW."""
+        layers = ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2", "linear1", "linear2")
+        return "blocks." in name and name.removesuffix(".weight").endswith(layers)
+
+    # ---- batches -------------------------------------------------------------------------------------------
+
+    def batch(self, draw: Draw) -> DitBatch:
+        mix_settings = self.recipe.mix
+        shared = draw.shared()
+        is_image = float(torch.rand((), generator=shared)) < mix_settings.image_share
+        num = draw.batch_size * (mix_settings.image_batch if is_image else 1)
+        t = self.times(num, shared)
+        share = num // draw.world
+        t = t[draw.rank * share : (draw.rank + 1) * share]
+        latents, captions, noises = [], [], []
+        for generator in draw.samples(num):
+            index, seed, drop = torch.randint(0, 1 << 30, (3,), generator=generator).tolist()
+            index %= len(self.cache)
+            latent = self.cache.image(index) if is_image else self.cache.video(index)
+            latents.append(latent)
+            noises.append(torch.randn(latent.shape, generator=generator))
+            dropped = drop < mix_settings.text_dropout * (1 << 30)
+            rng = np.random.default_rng(seed)
+            captions.append("" if dropped else shapes.caption(self.cache.scenes[index], rng, image=is_image))
+        device = self.model.device
+        cond = self.conditioning(captions, image=is_image).to(device)
+        return DitBatch(torch.stack(latents).to(device), torch.stack(noises).to(device), t.to(device), cond)
+
+    def times(self, num: int, generator: torch.Generator) -> Tensor:
+        """(num,) float32 times, spread evenly over the quantiles of their distribution and in random order."""
+        settings = self.recipe.time
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        quantile = (torch.arange(num, dtype=torch.float64) + offset) / num
+        order = torch.randperm(num, generator=generator)
+        num_uniform = round(settings.uniform_share * num)
+        # Every k-th quantile is spent on the uniform part, so that both parts cover the whole range.
+        uniform = torch.zeros(num, dtype=torch.bool)
+        if num_uniform:
+            uniform[torch.linspace(0, num - 1, num_uniform).round().long()] = True
+        normal = settings.mean + settings.std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
+        t = torch.where(uniform, quantile, shift_time(torch.sigmoid(normal), settings.shift))
+        return t[order].clamp(1e-4, 1.0).float()
+
+    @torch.no_grad()
+    def conditioning(self, captions: Sequence[str], *, image: bool = False) -> Conditioning:
+        return self.model.conditioning(self.frozen.text.encode(captions, image_mode=image))
+
+    # ---- loss ----------------------------------------------------------------------------------------------
+
+    def forward(self, batch: DitBatch) -> dict[str, Tensor]:
+        loss = self.errors(batch).mean()
+        return {"loss": loss, ("image" if batch.x0.shape[2] == 1 else "video"): loss.detach()}
+
+    def errors(self, batch: DitBatch) -> Tensor:
+        """(B,) mean squared error of the prediction per sample."""
+        diffusion = self.model.diffusion
+        x_t = diffusion.add_noise(batch.x0, batch.noise, batch.t)
+        output = self.model.predict(x_t, batch.t, batch.cond)
+        target = diffusion.target(batch.x0, x_t, batch.t)
+        return F.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+
+    # ---- judging -------------------------------------------------------------------------------------------
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """Validation loss on unseen clips, and how well renders of unseen prompts follow them (0..1)."""
+        figures = self._validation_loss()
+        scenes = [self._unseen_scene(i) for i in range(self.recipe.evaluation.num_videos)]
+        videos = self._render([caption for _, caption in scenes])
+        correct = [_correct(video, scene) for video, (scene, _) in zip(videos, scenes, strict=True)]
+        if correct:
+            figures |= {name: sum(row[name] for row in correct) / len(correct) for name in correct[0]}
+            contact_sheet(folder / "samples" / f"step-{step:08d}.png", videos)
+            text = "\n".join(caption for _, caption in scenes)
+            (folder / "samples" / "prompts.txt").write_text(text + "\n", encoding="utf-8")
+        return figures
+
+    def _unseen_scene(self, index: int) -> tuple[shapes.Scene, str]:
+        rng = np.random.default_rng([0xEA7, self.recipe.run.seed, index])
+        scene = shapes.sample_scene(rng, "heldout" if index % 2 else "seen")
+        return scene, shapes.caption(scene, rng)
+
+    def _validation_loss(self) -> dict[str, float]:
+        """Mean loss over a fixed grid of times, with fixed noise and fixed unseen clips."""
+        num = self.recipe.evaluation.num_losses
+        if not num:
+            return {}
+        clips = [self._unseen_scene(1_000_000 + 2 * i) for i in range(num)]
+        errors = []
+        for first in range(0, num, 16):
+            part = clips[first : first + 16]
+            video = torch.stack([torch.from_numpy(shapes.render(scene)) for scene, _ in part]).float() / 127.5 - 1
+            x0 = self.frozen.codec.encode(video)
+            generator = torch.Generator().manual_seed(mix(first))
+            noise = torch.randn(x0.shape, generator=generator)
+            t = (torch.arange(first, first + len(part)) % 16 + 0.5) / 16
+            errors.append(self.errors(DitBatch(x0, noise, t, self.conditioning([c for _, c in part]))))
+        return {"validation": float(torch.cat(errors).mean())}
+
+    def _render(self, captions: Sequence[str]) -> list[Tensor]:
+        """(3, T, H, W) in [-1, 1] each, at the model's default settings; the seed is the prompt's number."""
+        defaults = self.recipe.defaults
+        settings = Sampling(num_steps=self.recipe.evaluation.num_steps, seed=1)
+        shape = VideoShape(num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px)
+        latent_shape = shape.latent_shape(self.frozen.codec.grid)
+        negative = encode_prompts(self.frozen.text, self.model, [defaults.negative_prompt])
+        videos = []
+        for number, caption in enumerate(captions):
+            positive = encode_prompts(self.frozen.text, self.model, [caption])
+            latents = sample_latents(
+                self.model, positive, negative, (1, *latent_shape), replace(settings, seed=settings.seed + number)
+            )
+            videos.append(decode_latents(self.frozen.codec, latents)[0])
+        return videos
+
+    def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        """Write ``network.safetensors``."""
+        path = folder / "network.safetensors"
+        export_network(
+            path,
+            self.network,
+            self.recipe.model,
+            self.recipe.defaults,
+            preview=fit_preview(self.frozen.codec),
+            dtype=torch.float16,
+            title="VidGen tiny HunyuanVideo",
+            description=f"trained {summary['steps']} steps in {summary['minutes']} min, seed {summary['seed']}",
+        )
+        log.info("Wrote %s", path)
+
+
+def _correct(video: Tensor, scene: shapes.Scene) -> dict[str, float]:
+    """1 for each attribute that the detector reads as the caption says, else 0."""
+    pixels = ((video.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().numpy()
+    seen = detect.detect(pixels)
+    row = {name: float(seen[name] == getattr(scene, name)) for name in detect.JUDGED}
+    return row | {"all_correct": float(all(row.values()))}
