@@ -1,0 +1,427 @@
+"""The nodes as plain functions, the house rules for all of them, and ComfyUI's side of the host."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import vidgen
+from vidgen.headless.graph import widget_names
+from vidgen.nodes import host as hosts
+from vidgen.nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
+from vidgen.nodes.sampling import EmptyLatent, Sampler
+from vidgen.nodes.text import EncodePrompt
+from vidgen.nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
+from vidgen.vidgen_core.errors import CheckpointError, FileError, SettingsError
+from vidgen.vidgen_core.generate import Sampling, generate, load_bundle
+from vidgen.vidgen_core.media import read_metadata, read_video, video_to_images
+from vidgen.vidgen_core.types import VideoShape
+
+ROOT = Path(vidgen.__file__).resolve().parent
+NODES: dict[str, type] = vidgen.NODE_CLASS_MAPPINGS
+SETTINGS: dict[str, Any] = {
+    "seed": 3,
+    "steps": 2,
+    "cfg": 3.0,
+    "guidance": 0.0,
+    "shift": 2.0,
+    "sampler": "euler",
+    "schedule": "auto",
+    "denoise": 1.0,
+}
+
+WIDGETS_FOREVER = {
+    "VidGenLoadModel": ["model_name", "weight_dtype"],
+    "VidGenLoadVAE": ["vae_name", "weight_dtype"],
+    "VidGenLoadTextEncoders": ["text_name", "weight_dtype"],
+    "VidGenLoadAll": ["model_folder", "weight_dtype"],
+    "VidGenEncodePrompt": ["prompt", "template"],
+    "VidGenEmptyLatent": ["width", "height", "num_frames", "batch_size"],
+    "VidGenSampler": [
+        *("seed", "control_after_generate", "steps", "cfg", "guidance", "shift", "sampler", "schedule", "denoise"),
+    ],
+    "VidGenDecode": [],
+    "VidGenEncodeVideo": ["fit"],
+    "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
+    "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
+}
+"""What saved workflows rely on: names are never changed, and new ones are only put at the end."""
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_bundle_dir: Path) -> tuple[Any, Any, Any]:
+    return LoadAll().load(str(tiny_bundle_dir), "auto")
+
+
+def conditioning(parts: tuple[Any, Any, Any], prompt: str = "a red star") -> Any:
+    return EncodePrompt().encode(parts[2], prompt, "video")[0]
+
+
+def empty(parts: tuple[Any, Any, Any], batch: int = 1) -> dict[str, Any]:
+    return EmptyLatent().make(parts[1], 32, 48, 5, batch)[0]
+
+
+# --- all nodes --------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(cls: type) -> dict[str, Any]:
+    declared = cls.INPUT_TYPES()
+    return declared.get("required", {}) | declared.get("optional", {})
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_node_explains_itself(node_id: str) -> None:
+    cls = NODES[node_id]
+    assert node_id.startswith("VidGen")
+    assert cls.CATEGORY.startswith("VidGen/")
+    assert cls.DESCRIPTION
+    assert cls.SEARCH_ALIASES
+    assert len(getattr(cls, "RETURN_NAMES", ())) == len(cls.RETURN_TYPES) == len(getattr(cls, "OUTPUT_TOOLTIPS", ()))
+    assert all(spec[1].get("tooltip") for spec in inputs_of(cls).values())
+    assert vidgen.NODE_DISPLAY_NAME_MAPPINGS[node_id].endswith("(VidGen)")
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_input_is_an_argument(node_id: str) -> None:
+    cls = NODES[node_id]
+    arguments = set(inspect.signature(getattr(cls, cls.FUNCTION)).parameters) - {"self"}
+    assert arguments == set(inputs_of(cls)) | set(cls.INPUT_TYPES().get("hidden", {}))
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_defaults_are_allowed_values(node_id: str) -> None:
+    for name, (kind, options) in inputs_of(NODES[node_id]).items():
+        if isinstance(kind, list) and "default" in options:
+            assert options["default"] in kind, name
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"], name
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_the_help_page_tells_of_every_input(node_id: str) -> None:
+    page = (ROOT / vidgen.WEB_DIRECTORY / "docs" / f"{node_id}.md").read_text("utf-8")
+    told = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("|"))
+    named = set(inputs_of(NODES[node_id])) | set(getattr(NODES[node_id], "RETURN_NAMES", ()))
+    assert [name for name in named if name not in told.replace(",", " ").split()] == []
+
+
+def test_widgets_are_forever() -> None:
+    assert WIDGETS_FOREVER.keys() == NODES.keys()
+    for node_id, names in WIDGETS_FOREVER.items():
+        assert widget_names(NODES[node_id])[: len(names)] == names, node_id
+
+
+def test_no_help_page_without_a_node() -> None:
+    assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} == NODES.keys()
+
+
+# --- the main path ----------------------------------------------------------------------------------------------------
+
+
+def test_the_nodes_make_what_the_core_makes(parts: tuple[Any, Any, Any], tiny_bundle_dir: Path) -> None:
+    """Bit for bit: the nodes add nothing of their own to the mathematics."""
+    negative = conditioning(parts, "a circle")
+    (latent,) = Sampler().sample(parts[0], conditioning(parts), empty(parts, 2), negative=negative, **SETTINGS)
+    (images,) = Decode().decode(parts[1], latent)
+    settings = Sampling(seed=3, num_steps=2, cfg=3.0, shift=2.0, num_videos=2, negative_prompt="a circle")
+    shape = VideoShape(num_frames=5, height_px=48, width_px=32)
+    video = generate(load_bundle(tiny_bundle_dir), "a red star", shape, settings)
+    # Raw latents are divided by the scale and multiplied again: one rounding of float32 each, grown by the decoder.
+    torch.testing.assert_close(images, video_to_images(video), atol=1e-5, rtol=0)
+
+
+def test_parts_loaded_one_by_one(tiny_bundle_dir: Path, parts: tuple[Any, Any, Any]) -> None:
+    (model,) = LoadModel().load(str(tiny_bundle_dir / "network.safetensors"), "auto")
+    (vae,) = LoadVAE().load(str(tiny_bundle_dir / "vae.safetensors"), "float32")
+    (text,) = LoadTextEncoders().load(str(tiny_bundle_dir / "text.safetensors"), "auto")
+    one_by_one = (model, vae, text)
+    (expected,), (found,) = (
+        Sampler().sample(p[0], conditioning(p), empty(p), negative=conditioning(p, "x"), **SETTINGS)
+        for p in (parts, one_by_one)
+    )
+    assert torch.equal(expected["samples"], found["samples"])
+
+
+def test_a_latent_is_raw_and_on_the_cpu(parts: tuple[Any, Any, Any]) -> None:
+    """What the VAE itself makes, not scaled: so native nodes can decode it."""
+    images = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    (latent,) = EncodeVideo().encode(parts[1], images, "strict")
+    mean, _ = parts[1].vae.encode(images.permute(3, 0, 1, 2)[None] * 2 - 1)
+    assert latent["samples"].shape == (1, 16, 2, 4, 6)
+    # Multiplied by the scale and divided again: two roundings of float32.
+    torch.testing.assert_close(latent["samples"], mean, atol=1e-6, rtol=1e-5)
+
+
+def test_a_foreign_latent_has_the_published_scale(parts: tuple[Any, Any, Any]) -> None:
+    """A native Empty HunyuanLatentVideo gives zeros without our note of the scale."""
+    scale = 0.476986
+    native = {"samples": torch.zeros(1, 16, 2, 6, 4)}
+    arguments = SETTINGS | {"negative": conditioning(parts, "x")}
+    (own,) = Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    (foreign,) = Sampler().sample(parts[0], conditioning(parts), native, **arguments)
+    torch.testing.assert_close(foreign["samples"] * scale, own["samples"] * 0.7, atol=1e-5, rtol=1e-5)
+
+
+def test_an_image_latent_counts_as_one_frame(parts: tuple[Any, Any, Any]) -> None:
+    (images,) = Decode().decode(parts[1], {"samples": torch.zeros(1, 16, 4, 6)})
+    assert images.shape == (1, 32, 48, 3)
+
+
+def test_denoise_keeps_some_of_the_video(parts: tuple[Any, Any, Any]) -> None:
+    images = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    (start,) = EncodeVideo().encode(parts[1], images, "strict")
+    distances = []
+    for denoise in (0.1, 0.9):
+        arguments = SETTINGS | {"denoise": denoise, "steps": 4, "negative": conditioning(parts, "x")}
+        (result,) = Sampler().sample(parts[0], conditioning(parts), start, **arguments)
+        distances.append(float((result["samples"] - start["samples"]).norm()))
+    assert 0 < distances[0] < distances[1]
+
+
+def test_auto_is_what_the_checkpoint_recommends(parts: tuple[Any, Any, Any]) -> None:
+    auto = SETTINGS | {"steps": 0, "cfg": 0.0, "shift": 0.0, "sampler": "auto"}
+    explicit = SETTINGS | {"steps": 3, "cfg": 2.0, "shift": 1.0, "sampler": "euler", "schedule": "simple"}
+    (expected,), (found,) = (
+        Sampler().sample(parts[0], conditioning(parts), empty(parts), negative=conditioning(parts, "x"), **settings)
+        for settings in (explicit, auto)
+    )
+    assert torch.equal(expected["samples"], found["samples"])
+
+
+def test_encode_video_crops_or_refuses(parts: tuple[Any, Any, Any]) -> None:
+    images = torch.rand(7, 35, 50, 3)
+    (latent,) = EncodeVideo().encode(parts[1], images, "crop")
+    assert latent["samples"].shape == (1, 16, 2, 4, 6)
+    with pytest.raises(SettingsError):
+        EncodeVideo().encode(parts[1], images, "strict")
+
+
+def test_a_saved_video_is_loaded_again(tmp_path: Path) -> None:
+    images = torch.full((5, 16, 32, 3), 0.25)
+    host = hosts.LocalNodeHost(output_folder=tmp_path)
+    with hosts.using(host):
+        ui = SaveVideo().save(images, 12.5, "clips/red", "mp4", 0, prompt={"1": {}}, extra_pnginfo={"workflow": [1]})
+        again, fps, num_frames = LoadVideo().load(str(host.saved[0]), 1, 3)
+    assert ui["ui"] == {
+        "images": [{"filename": "red_00001.mp4", "subfolder": "clips", "type": "output"}],
+        "animated": (True,),
+    }
+    assert (fps, num_frames, again.shape) == (12.5, 3, (3, 16, 32, 3))
+    assert float((again - 0.25).abs().max()) < 2 / 255
+    tags = read_metadata(tmp_path / "clips" / "red_00001.mp4")
+    assert json.loads(tags["prompt"]) == {"1": {}}
+    assert json.loads(tags["workflow"]) == [1]
+    with hosts.using(hosts.LocalNodeHost(output_folder=tmp_path)):
+        assert SaveVideo().save(images, 8, "clips/red", "gif", 0)["ui"]["images"][0]["filename"] == "red_00002.gif"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_is_refused_by_the_sampler_only(parts: tuple[Any, Any, Any]) -> None:
+    negative = conditioning(parts, "")
+    with pytest.raises(SettingsError, match="prompt is empty"):
+        Sampler().sample(parts[0], conditioning(parts, "  "), empty(parts), negative=negative, **SETTINGS)
+
+
+def test_guidance_without_a_negative_prompt_says_what_to_do(parts: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(SettingsError, match="set cfg to 1"):
+        Sampler().sample(parts[0], conditioning(parts), empty(parts), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 4, 2, 6, 4), "another kind of model"),
+        ((1, 16, 2, 5, 4), "height of the latents"),
+        ((1, 16, 2, 6, 3), "width of the latents"),
+        ((16, 2), "not video latents"),
+    ],
+)
+def test_latents_of_another_shape(parts: tuple[Any, Any, Any], shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        Sampler().sample(parts[0], conditioning(parts), {"samples": torch.zeros(shape)}, **SETTINGS)
+
+
+def test_text_encoders_of_another_model(parts: tuple[Any, Any, Any]) -> None:
+    from dataclasses import replace
+
+    encoded = conditioning(parts)
+    llama = replace(encoded.text_config.llama, hidden_size=64)
+    other = replace(encoded, text_config=replace(encoded.text_config, llama=llama))
+    with pytest.raises(CheckpointError, match="do not belong to this network"):
+        Sampler().sample(parts[0], other, empty(parts), **SETTINGS)
+
+
+def test_a_part_in_the_wrong_loader(tiny_bundle_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match="VAE"):
+        LoadModel().load(str(tiny_bundle_dir / "vae.safetensors"), "auto")
+
+
+@pytest.mark.parametrize(
+    ("cls", "argument"), [(LoadModel, "model_name"), (LoadVAE, "vae_name"), (LoadTextEncoders, "text_name")]
+)
+def test_a_missing_file_is_found_before_the_run(cls: type, argument: str, tiny_bundle_dir: Path) -> None:
+    """By VALIDATE_INPUTS, whose words ComfyUI shows, where it hides those of an exception."""
+    assert "missing.safetensors" in cls.VALIDATE_INPUTS(**{argument: "missing.safetensors"})
+    assert cls.VALIDATE_INPUTS(**{argument: str(tiny_bundle_dir / "vae.safetensors")}) is True
+    assert "missing-folder" in LoadAll.VALIDATE_INPUTS("missing-folder")
+    assert "missing.mp4" in LoadVideo.VALIDATE_INPUTS("missing.mp4")
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_own_folders_are_listed(tiny_bundle_dir: Path) -> None:
+    host = hosts.LocalNodeHost(folders=[tiny_bundle_dir.parent])
+    assert host.model_folders()[tiny_bundle_dir.name] == tiny_bundle_dir
+    with hosts.using(host):
+        assert tiny_bundle_dir.name in LoadAll.INPUT_TYPES()["required"]["model_folder"][0]
+        assert LoadAll.VALIDATE_INPUTS(tiny_bundle_dir.name) is True
+
+
+def test_every_bundled_file_is_in_a_list() -> None:
+    """In the one list of its part, told by its header."""
+    listed = [name for kind in ("network", "codec", "text") for name in hosts.bundled_names(kind)]
+    files = [f"{f.parent.name}/{f.name}" for f in (ROOT / "models").glob("*/*.safetensors")]
+    assert sorted(listed) == sorted(files)
+    assert all(hosts.find_bundled(name) is not None for name in listed)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../b", "vidgen-tiny-hunyuan/../../pyproject.toml", "", "/", "x/y"])
+def test_a_bundled_name_does_not_reach_outside(name: str) -> None:
+    assert hosts.find_bundled(name) is None
+
+
+# --- inside ComfyUI ---------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """ComfyUI's InterruptProcessingException."""
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bundle_dir: Path) -> SimpleNamespace:
+    """The few functions of ComfyUI that the host calls, with their real signatures, and a note of the calls."""
+    seen = SimpleNamespace(bars=[], freed=[], interrupted=False, disable_metadata=False)
+
+    class ProgressBar:
+        def __init__(self, total: int, node_id: str | None = None) -> None:
+            self.total, self.updates = total, []
+            seen.bars.append(self)
+
+        def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
+            self.updates.append((value, preview))
+
+    def throw_exception_if_processing_interrupted() -> None:
+        if seen.interrupted:
+            raise Interrupted
+
+    def get_save_image_path(
+        prefix: str, folder: str, width: int = 0, height: int = 0
+    ) -> tuple[str, str, int, str, str]:
+        place = Path(folder) / Path(prefix).parent
+        place.mkdir(parents=True, exist_ok=True)
+        return str(place), Path(prefix).name, 1, str(Path(prefix).parent), prefix
+
+    (tmp_path / "input").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "vidgen").symlink_to(tiny_bundle_dir.parent)
+    modules: dict[str, dict[str, Any]] = {
+        "comfy": {},
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.cli_args": {"args": seen},
+        "comfy.model_management": {
+            "get_torch_device": lambda: torch.device("cpu"),
+            "free_memory": lambda num_bytes, device, keep_loaded=(): seen.freed.append(num_bytes),
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
+        },
+        "folder_paths": {
+            "models_dir": str(tmp_path / "models"),
+            "get_filename_list": lambda folder: [f"{folder}.safetensors"],
+            "get_full_path": lambda folder, name: str(tiny_bundle_dir / name) if name == "vae.safetensors" else None,
+            "get_output_directory": lambda: str(tmp_path / "output"),
+            "get_input_directory": lambda: str(tmp_path / "input"),
+            "get_save_image_path": get_save_image_path,
+            "exists_annotated_filepath": lambda name: (tmp_path / "input" / name).is_file(),
+            "get_annotated_filepath": lambda name: str(tmp_path / "input" / name),
+        },
+    }
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    return seen
+
+
+def test_inside_comfyui_its_host_is_taken(comfy: SimpleNamespace) -> None:
+    assert isinstance(hosts.current(), hosts.ComfyHost)
+    with hosts.using(hosts.LocalNodeHost()) as own:
+        assert hosts.current() is own
+
+
+def test_outside_comfyui_the_local_host_is_taken() -> None:
+    assert isinstance(hosts.current(), hosts.LocalNodeHost)
+
+
+def test_the_main_path_inside_comfyui(comfy: SimpleNamespace, tmp_path: Path, tiny_bundle_dir: Path) -> None:
+    """Lists, room, progress with previews, and the file in ComfyUI's output folder."""
+    assert tiny_bundle_dir.name in LoadAll.INPUT_TYPES()["required"]["model_folder"][0]
+    assert "vae.safetensors" in LoadVAE.INPUT_TYPES()["required"]["vae_name"][0]
+    parts = LoadAll().load(tiny_bundle_dir.name, "auto")
+    assert sum(comfy.freed) > 0
+    (latent,) = Sampler().sample(
+        parts[0], conditioning(parts), empty(parts), negative=conditioning(parts, "x"), node_id="5", **SETTINGS
+    )
+    sampling = comfy.bars[-1]
+    assert sampling.total == 2
+    previews = [preview for _, preview in sampling.updates if preview]
+    assert len(previews) == 2
+    kind, picture, size = previews[-1]
+    assert (kind, picture.size, size) == ("JPEG", (2 * 4, 6), 512)  # two latent frames of 4 x 6 beside each other
+    (images,) = Decode().decode(parts[1], latent)
+    shown = SaveVideo().save(images, 8, "video/VidGen", "mp4", 17, prompt={}, extra_pnginfo={})["ui"]["images"][0]
+    assert read_video(tmp_path / "output" / shown["subfolder"] / shown["filename"])[0].shape == (5, 48, 32, 3)
+
+
+def test_interrupting_comfyui_passes_through(comfy: SimpleNamespace, parts: tuple[Any, Any, Any]) -> None:
+    comfy.interrupted = True
+    with pytest.raises(Interrupted):
+        Sampler().sample(parts[0], conditioning(parts), empty(parts), negative=conditioning(parts, "x"), **SETTINGS)
+
+
+def test_comfyui_may_forbid_metadata(comfy: SimpleNamespace, tmp_path: Path) -> None:
+    comfy.disable_metadata = True
+    shown = SaveVideo().save(torch.zeros(1, 16, 16, 3), 8, "a", "mp4", 17, prompt={"1": {}})["ui"]["images"][0]
+    assert "prompt" not in read_metadata(tmp_path / "output" / shown["filename"])
+
+
+def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tiny_bundle_dir: Path) -> None:
+    """A workflow from the net may name any path; only listed files are opened."""
+    host = hosts.current()
+    with pytest.raises(FileError):
+        host.find("network", str(tiny_bundle_dir / "network.safetensors"))
+    with pytest.raises(FileError):
+        host.find_model_folder(str(tiny_bundle_dir))
+    with pytest.raises(FileError):
+        host.find_input("missing.mp4")
+
+
+@pytest.mark.parametrize(("num_frames", "size"), [(1, (6, 4)), (4, (6, 16)), (5, (12, 16)), (9, (18, 16))])
+def test_contact_sheet(num_frames: int, size: tuple[int, int]) -> None:
+    frames = torch.arange(num_frames, dtype=torch.uint8)[:, None, None, None].expand(num_frames, 6, 4, 3)
+    sheet = hosts.contact_sheet(frames)
+    assert sheet.shape == (*size, 3)
+    columns = min(num_frames, 4)
+    for number in range(num_frames):
+        assert int(sheet[number // columns * 6, number % columns * 4, 0]) == number
