@@ -262,8 +262,10 @@ def set_decoder(vae: CausalVAE, latents: Tensor, videos: Tensor) -> None:
 
 
 def _leading(patches: Tensor, num: int) -> Tensor:
-    """(N, P, T, H, W) -> (N, min(num, P), T, H, W): coordinates along the leading principal directions."""
-    basis, mean, _ = _components(patches, min(num, patches.shape[1]))
+    """(N, P, T, H, W) -> (N, min(num, P), T, H, W): coordinates along the leading principal directions, of equal
+    spread: a step of training must not shake the brightness of everything because its channel is the loudest."""
+    basis, mean, spread = _components(patches, min(num, patches.shape[1]))
+    basis = basis / spread.clamp_min(0.02 * float(spread[0]))
     return torch.einsum("nptyx,pk->nktyx", patches - mean[:, None, None, None], basis)
 
 
