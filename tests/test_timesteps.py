@@ -12,6 +12,9 @@ from vidgen.vidgen_core.diffusion import Diffusion, edm, flow_matching, scaled_l
 from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.timesteps import SCHEDULES, schedule, shift_time
 
+# diffusers hands tensors to numpy in a way that numpy 2 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 PROCESSES = {
     "flow": flow_matching(),
     "vp": vp(scaled_linear_table()),
