@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,23 @@ class CausalConv3d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, stride: Steps = (1, 1, 1)) -> None:
         super().__init__()
-        side = kernel // 2
-        self.padding = (side, side, side, side, kernel - 1, 0)
+        self.side, self.front = kernel // 2, kernel - 1
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(self.padding):
-            x = F.pad(x, self.padding, mode="replicate")
-        return self.conv(x)
+        return self.conv(_pad(x, self.side, self.front))
+
+    def stream(self, x: Tensor, before: Callable[[Tensor], Tensor], num_frames: int) -> Tensor:
+        """``self(before(x))`` with ``num_frames`` at a time in memory between the two; for stride 1."""
+        assert self.conv.stride == (1, 1, 1)
+        out: Tensor | None = None
+        for start, padded in _windows(x, before, self.side, self.front, num_frames):
+            part = self.conv(padded)
+            if out is None:
+                out = part.new_empty(*part.shape[:2], x.shape[2], *part.shape[3:])
+            out[:, :, start : start + part.shape[2]] = part
+        assert out is not None
+        return out
 
 
 class UpsampledCausalConv3d(nn.Module):
@@ -44,12 +54,44 @@ class UpsampledCausalConv3d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, steps: Steps) -> None:
         super().__init__()
+        self.front = 2 // steps[0]
         self.conv = _PhaseConv3d(in_channels, out_channels, steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        front = 2 // self.conv.steps[0]
-        phases = self.conv(F.pad(x, (1, 1, 1, 1, front, 0), mode="replicate"))
-        return _Interleave.apply(phases, self.conv.steps)
+        return _Interleave.apply(self.conv(_pad(x, 1, self.front)), self.conv.steps)
+
+    def stream(self, x: Tensor, num_frames: int) -> Tensor:
+        """``self(x)`` from ``num_frames`` at a time."""
+        time, height, width = steps = self.conv.steps
+        batch, _, length, rows, columns = x.shape
+        size = (time * (length - 1) + 1, height * rows, width * columns)
+        out: Tensor | None = None
+        for start, padded in _windows(x, lambda frames: frames, 1, self.front, num_frames):
+            phases = self.conv(padded)
+            if out is None:
+                out = phases.new_empty(batch, self.conv.out_channels, *size)
+            end = time * (start + phases.shape[2] - 1) + 1
+            for small, large in _phase_pairs(phases, out[:, :, max(0, time * (start - 1) + 1) : end], steps):
+                large.copy_(small)
+        assert out is not None
+        return out
+
+
+def _pad(x: Tensor, side: int, front: int) -> Tensor:
+    return F.pad(x, (side, side, side, side, front, 0), mode="replicate") if side or front else x
+
+
+def _windows(
+    x: Tensor, before: Callable[[Tensor], Tensor], side: int, front: int, num_frames: int
+) -> Iterator[tuple[int, Tensor]]:
+    """``before(x)``, padded, as (first frame, window): each begins with the last ``front`` frames before it."""
+    past: Tensor | None = None
+    for start in range(0, x.shape[2], num_frames):
+        frames = before(x[:, :, start : start + num_frames])
+        window = _pad(frames, side, front) if past is None else torch.cat([past, _pad(frames, side, 0)], dim=2)
+        del frames
+        past = window[:, :, window.shape[2] - front :].clone()
+        yield start, window
 
 
 class _PhaseConv3d(nn.Conv3d):
@@ -77,38 +119,37 @@ class _Interleave(torch.autograd.Function):
     clone the whole tensor once for each phase."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, y: Tensor, steps: Steps) -> Tensor:
+    def forward(ctx: Any, phases: Tensor, steps: Steps) -> Tensor:
         time, height, width = ctx.steps = steps
-        ctx.shape = y.shape
-        batch, channels, num_frames, rows, columns = y.shape
-        num_frames = time * (num_frames - 1) + 1 if time == 2 else num_frames
-        out = y.new_empty(
-            batch, channels // math.prod(steps), num_frames, height * (rows - height + 1), width * (columns - width + 1)
-        )
-        for small, large in _phase_pairs(y, out, steps):
+        batch, channels, num_frames, rows, columns = ctx.shape = phases.shape
+        size = time * (num_frames - 1) + 1, height * (rows - height + 1), width * (columns - width + 1)
+        out = phases.new_empty(batch, channels // math.prod(steps), *size)
+        for small, large in _phase_pairs(phases, out, steps):
             large.copy_(small)
         return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_zeros(ctx.shape)
-        for small, large in _phase_pairs(out, grad, ctx.steps):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        phases = grad.new_zeros(ctx.shape)
+        for small, large in _phase_pairs(phases, grad, ctx.steps):
             small.copy_(large)
-        return out, None
+        return phases, None
 
 
 def _phase_pairs(phases: Tensor, full: Tensor, steps: Steps) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of the same samples in both layouts.
 
     Along a doubled axis of space there is one position too many: phase 0 uses all but the last, phase 1 all but
-    the first. In time, phase 0 of the first frame would be the doubled first frame; it is left out.
+    the first. In time, phase 0 of the video's first frame would be that frame a second time; where ``full`` has no
+    place for it, it is left out.
     """
     time, height, width = steps
     rows, columns = full.shape[3] // height, full.shape[4] // width
+    first = time * phases.shape[2] - full.shape[2]
     phases = phases.unflatten(1, (*steps, -1))
     for i in range(time):
-        skip = 1 if time == 2 and i == 0 else 0
+        skip = int(i < first)
         for j in range(height):
             for k in range(width):
                 small = phases[:, i, j, k, :, skip:, j : j + rows, k : k + columns]
-                yield small, full[:, :, skip::time, j::height, k::width]
+                yield small, full[:, :, i - first + time * skip :: time, j::height, k::width]

@@ -8,27 +8,41 @@ Source: Tencent's HunyuanVideo repository (``hyvideo/vae``), the published ``884
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import SettingsError
+from ...nn.attention import attention
 from ...nn.causal_conv import CausalConv3d, Steps, UpsampledCausalConv3d
+from ...nn.group_norm import GroupNormSiLU
 from ...types import Grid, VideoShape
 from .config import CodecConfig
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
+PART_BYTES = 1 << 26
+"""Without gradients, larger tensors are normalised, padded and convolved a few frames at a time."""
 
 
-def _norm(config: CodecConfig, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(config.num_groups, channels, eps=NORM_EPS)
+def _norm(config: CodecConfig, channels: int) -> GroupNormSiLU:
+    return GroupNormSiLU(config.num_groups, channels, eps=NORM_EPS)
 
 
-def _silu(x: Tensor) -> Tensor:
-    """SiLU; in place where no gradient needs the input, which saves one full-size tensor when decoding."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def _frames_at_once(x: Tensor) -> int:
+    """Into how many frames at a time a layer cuts ``x``: all of them in training and where they are small."""
+    if torch.is_grad_enabled():
+        return x.shape[2]
+    return max(1, PART_BYTES // (x[:, :, 0].numel() * x.element_size()))
+
+
+def _normed_conv(norm: GroupNormSiLU, conv: CausalConv3d, x: Tensor) -> Tensor:
+    num_frames = _frames_at_once(x)
+    if num_frames >= x.shape[2]:
+        return conv(norm(x))
+    return conv.stream(x, norm.by_frames(x, num_frames), num_frames)
 
 
 class ResnetBlock(nn.Module):
@@ -43,9 +57,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_silu(self.norm1(x)))
-        h = self.conv2(_silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = _normed_conv(self.norm1, self.conv1, x)
+        h = _normed_conv(self.norm2, self.conv2, h)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
 class FrameCausalAttention(nn.Module):
@@ -53,7 +69,7 @@ class FrameCausalAttention(nn.Module):
 
     def __init__(self, config: CodecConfig, channels: int) -> None:
         super().__init__()
-        self.group_norm = _norm(config, channels)
+        self.group_norm = nn.GroupNorm(config.num_groups, channels, eps=NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -66,7 +82,7 @@ class FrameCausalAttention(nn.Module):
         # One call per frame over the keys so far: half the work of a masked call and no (T H W)^2 mask.
         area = height * width
         seen = [
-            F.scaled_dot_product_attention(frame, k[:, :, : (i + 1) * area], v[:, :, : (i + 1) * area])
+            attention(frame, k[:, :, : (i + 1) * area], v[:, :, : (i + 1) * area])
             for i, frame in enumerate(q.split(area, dim=2))
         ]
         out = self.to_out[0](torch.cat(seen, dim=2)).squeeze(1)
@@ -84,8 +100,8 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
+        for layer in self.attentions:
+            x = layer(x)
         return self.resnets[1](x)
 
 
@@ -108,33 +124,34 @@ class Upsample(nn.Module):
         self.conv = UpsampledCausalConv3d(channels, channels, steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        num_frames = _frames_at_once(x)
+        return self.conv(x) if num_frames >= x.shape[2] else self.conv.stream(x, num_frames)
 
 
 class DownBlock(nn.Module):
+    """One level of the encoder. Its layers are called from outside, so that nobody holds on to the level's input."""
+
     def __init__(self, config: CodecConfig, in_channels: int, out_channels: int, steps: Steps) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * config.layers_per_block
         self.resnets = nn.ModuleList([ResnetBlock(config, a, b) for a, b in zip(widths, widths[1:], strict=False)])
         self.downsamplers = nn.ModuleList([Downsample(out_channels, steps)] if max(steps) > 1 else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        yield from (*self.resnets, *self.downsamplers)
 
 
 class UpBlock(nn.Module):
+    """One level of the decoder; see :class:`DownBlock`."""
+
     def __init__(self, config: CodecConfig, in_channels: int, out_channels: int, steps: Steps) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (config.layers_per_block + 1)
         self.resnets = nn.ModuleList([ResnetBlock(config, a, b) for a, b in zip(widths, widths[1:], strict=False)])
         self.upsamplers = nn.ModuleList([Upsample(out_channels, steps)] if max(steps) > 1 else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        yield from (*self.resnets, *self.upsamplers)
 
 
 class Encoder(nn.Module):
@@ -154,10 +171,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
+        for layer in chain.from_iterable(block.layers() for block in self.down_blocks):
+            x = layer(x)
         x = self.mid_block(x)
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        return _normed_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Decoder(nn.Module):
@@ -177,18 +194,21 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        for layer in chain.from_iterable(block.layers() for block in self.up_blocks):
+            x = layer(x)
+        return _normed_conv(self.conv_norm_out, self.conv_out, x)
 
 
 def level_steps(config: CodecConfig) -> list[Steps]:
     """(T, H, W) factors of each level, in the order of execution, the same for encoder and decoder.
 
     Space changes in the first levels; time in the last ones before the final level, which never changes it.
+
+    Raises:
+        SettingsError: more halvings than levels, or a compression that is no power of two.
     """
     num_levels = len(config.block_channels)
-    num_space, num_time = (_log2(config.spatial_compression), _log2(config.temporal_compression))
+    num_space, num_time = _log2(config.spatial_compression), _log2(config.temporal_compression)
     if num_space > num_levels or num_time > num_levels - 1:
         raise SettingsError(
             "The codec has too few levels for its compression",
@@ -211,10 +231,21 @@ def _log2(compression: int) -> int:
     return int(math.log2(compression))
 
 
+def _check_widths(config: CodecConfig) -> None:
+    widths = config.block_channels
+    if not widths or any(width < 1 or width % config.num_groups for width in widths):
+        raise SettingsError(
+            "The widths of the codec cannot be used",
+            given=f"block_channels {tuple(widths)} with num_groups {config.num_groups}",
+            expected="at least one level, and every width a multiple of num_groups",
+        )
+
+
 class CausalVAE(nn.Module):
     """The whole codec at the VAE's own scale; :class:`HunyuanCodec` adds the scaling."""
 
     def __init__(self, config: CodecConfig) -> None:
+        _check_widths(config)
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
