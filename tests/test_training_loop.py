@@ -1,0 +1,399 @@
+"""The loop of all stages: recipes, optimizers, moving average, exact resume, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vidgen.training import checkpoint, cli
+from vidgen.training.loop import MAX_BAD_STEPS, Draw, Loop, Objective, mix
+from vidgen.training.optim import Average, Muon, build_optimizers, learning_rate_factor, orthogonalise
+from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, read_recipe
+from vidgen.training.vae import VaeRecipe
+from vidgen.vidgen_core.errors import CheckpointError, FileError, NumericsError, RecipeError
+
+RECIPES = Path(cli.__file__).parent / "recipes"
+
+
+class Toy(Objective):
+    """Regression of a fixed random map with a small MLP; dropout makes it depend on the global generator.
+
+    Args:
+        poisoned: steps whose batch is not finite.
+        stop_at: the step at which the process is told to end.
+    """
+
+    metrics = ("half",)
+
+    def __init__(self, *, poisoned: range = range(0), stop_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 4))
+        self.truth = torch.randn(6, 4)
+        self.poisoned, self.stop_at = poisoned, stop_at
+        self.summary: dict[str, Any] = {}
+
+    def batch(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        if draw.step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        x = torch.stack([torch.randn(6, generator=g) for g in draw.samples()])
+        y = x @ self.truth
+        return (x * float("nan") if draw.step in self.poisoned else x), y
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        x, y = batch
+        loss = (self.net(x) - y).square().mean()
+        return {"loss": loss, "half": loss.detach() / 2}
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+        return {"error": float((self.net(x) - x @ self.truth).square().mean().detach())}
+
+    def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        self.summary = dict(summary)
+
+
+class WithoutDropout(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = nn.Identity()
+
+
+def make_loop(
+    folder: Path, name: str = "toy", *, kind: str = "adamw", objective: Objective | None = None, steps: int = 12
+) -> Loop:
+    return Loop(
+        objective or Toy(),
+        run=RunSettings(name=name, folder=str(folder), log_steps=2, evaluate_steps=6),
+        optimizer=OptimizerSettings(name=kind, batch_size=8, lr=1e-2, muon_lr=1e-2, ema_decay=0.9),  # type: ignore[arg-type]
+        schedule=ScheduleSettings(steps=steps, warmup_steps=3),
+    )
+
+
+def weights(loop: Loop) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in loop.parameters.items()}
+
+
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_resumed_run_equals_uninterrupted_run_to_the_bit(tmp_path, kind):
+    whole = make_loop(tmp_path, "whole", kind=kind)
+    whole.train()
+    for num_steps in (5, 4, None):
+        parts = make_loop(tmp_path, "parts", kind=kind)
+        parts.train(stop_after=num_steps)
+    assert parts.progress.step == 12
+    assert_same(weights(whole), weights(parts))
+    assert_same(whole.average.values, parts.average.values)
+    rows = [list(csv.DictReader((tmp_path / name / "loss.csv").open())) for name in ("whole", "parts")]
+    losses = [[(row["step"], row["loss"]) for row in run if int(row["step"]) % 2 == 0] for run in rows]
+    assert losses[0][-1] == losses[1][-1]
+
+
+def test_loss_goes_down_and_the_result_is_the_average(tmp_path):
+    objective = WithoutDropout()
+    loop = make_loop(tmp_path, objective=objective, steps=150)
+    before = objective.evaluate(tmp_path, 0)["error"]
+    loop.train()
+    assert objective.summary["figures"]["error"] < 0.2 * before
+    assert objective.summary["steps"] == 150
+    assert (tmp_path / "toy" / "loss.png").is_file()
+    rows = list(csv.DictReader((tmp_path / "toy" / "loss.csv").open()))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    # The schedule has come down to zero.
+    assert float(rows[-1]["lr"]) < 1e-4
+
+
+def test_a_signal_ends_in_a_checkpoint_that_can_be_resumed(tmp_path):
+    whole = make_loop(tmp_path, "whole")
+    whole.train()
+    stopped = make_loop(tmp_path, "stopped", objective=Toy(stop_at=4))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert stopped.train().step == 5
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert [path.name for path in checkpoint.complete(tmp_path / "stopped" / "checkpoints")] == ["step-00000005"]
+    resumed = make_loop(tmp_path, "stopped")
+    resumed.train()
+    assert_same(weights(whole), weights(resumed))
+
+
+def test_a_run_by_the_clock_ends_annealed_and_keeps_its_clock(tmp_path):
+    def loop() -> Loop:
+        return Loop(
+            Toy(),
+            run=RunSettings(name="clock", folder=str(tmp_path), log_steps=1),
+            optimizer=OptimizerSettings(batch_size=2),
+            schedule=ScheduleSettings(budget_minutes=0.01, warmup_steps=1),
+        )
+
+    first = loop().train(stop_after=3)
+    assert 0 < first.elapsed_s < 0.6
+    second = loop()
+    assert second.train().elapsed_s >= 0.6
+    assert second.position() == 1.0
+    rows = list(csv.DictReader((tmp_path / "clock" / "loss.csv").open()))
+    minutes = [float(row["minutes"]) for row in rows]
+    assert minutes == sorted(minutes)
+    rates = [float(row["lr"]) for row in rows]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_steps_that_are_not_finite_are_left_out(tmp_path):
+    loop = make_loop(tmp_path, objective=Toy(poisoned=range(3, 6)))
+    loop.train()
+    assert all(bool(torch.isfinite(p).all()) for p in loop.parameters.values())
+    assert loop.average.num_updates == 9
+    diverged = make_loop(tmp_path, "bad", objective=Toy(poisoned=range(MAX_BAD_STEPS)), steps=99)
+    with pytest.raises(NumericsError, match="lower the learning rate"):
+        diverged.train()
+
+
+# ---- processes -----------------------------------------------------------------------------------------------
+
+_TWO = """
+import sys
+from pathlib import Path
+from vidgen.training import cli
+sys.path.insert(0, {tests!r})
+from {module} import WithoutDropout, make_loop
+
+def work(rank, port, folder):
+    cli._join_group(rank, 2, port)
+    loop = make_loop(Path(folder), "two", objective=WithoutDropout())
+    loop.train()
+    cli._leave_group()
+
+if __name__ == "__main__":
+    import torch.multiprocessing as mp
+    port = cli._free_port()
+    context = mp.get_context("spawn")
+    other = context.Process(target=work, args=(1, port, {folder!r}))
+    other.start()
+    work(0, port, {folder!r})
+    other.join()
+    assert other.exitcode == 0
+"""
+
+
+def test_two_processes_equal_one_with_the_same_batch(tmp_path):
+    import subprocess
+    import sys
+
+    one = make_loop(tmp_path, "one", objective=WithoutDropout())
+    one.train()
+    script = tmp_path / "two.py"
+    here = Path(__file__)
+    script.write_text(_TWO.format(tests=str(here.parent), module=here.stem, folder=str(tmp_path)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
+    tensors, _ = checkpoint.load(checkpoint.complete(tmp_path / "two" / "checkpoints")[-1])
+    for name, value in weights(one).items():
+        # The halves of the batch are averaged in another order: a few float32 roundings, amplified by AdamW.
+        torch.testing.assert_close(tensors[f"weights.{name}"], value, rtol=0, atol=2e-6)
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    whole = [g.initial_seed() for g in Draw(seed=1, step=2, batch_size=8).samples()]
+    halves = [Draw(seed=1, step=2, batch_size=8, rank=r, world=2) for r in (0, 1)]
+    assert whole == [g.initial_seed() for half in halves for g in half.samples()]
+    assert halves[0].shared().initial_seed() == halves[1].shared().initial_seed()
+    seeds = {mix(a, b, c) for a in range(10) for b in range(10) for c in range(-2, 8)}
+    assert len(seeds) == 1000
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    result = orthogonalise(matrix)
+    values = torch.linalg.svdvals(result)
+    # The quintic's coefficients are chosen for speed: values end in 0.7..1.2, not at 1.
+    assert 0.65 < float(values.min()) <= float(values.max()) < 1.25
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    core = u.T @ result @ v.T
+    torch.testing.assert_close(core, torch.diag(core.diagonal()), rtol=0, atol=1e-9)
+
+
+def test_muon_equals_torchs_own():
+    own = pytest.importorskip("torch.optim", reason="torch").__dict__.get("Muon")
+    if own is None:
+        pytest.skip("this torch has no Muon")
+    start = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = Muon([ours], lr=0.02, momentum=0.9, weight_decay=0.1)
+    b = own([theirs], lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        grad = torch.randn(8, 20, generator=torch.Generator().manual_seed(step + 1))
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+    # Theirs runs the rounds in bfloat16 (3 digits), 4 updates of about 0.02 each.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * 0.02 * 0.05)
+
+
+def test_muon_takes_hidden_matrices_only():
+    net = nn.ModuleDict({"first": nn.Linear(4, 8), "hidden": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    parameters = dict(net.named_parameters())
+    settings = OptimizerSettings(name="muon", weight_decay=0.1)
+    adamw, muon = build_optimizers(parameters, settings, is_hidden=lambda name: "hidden" in name)
+    assert [p is net["hidden"].weight for group in muon.param_groups for p in group["params"]] == [True]
+    decays = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert decays[id(net["first"].weight)] == 0.1
+    assert decays[id(net["norm"].weight)] == decays[id(net["first"].bias)] == 0.0
+
+
+def test_muon_solves_a_badly_scaled_problem_faster_than_gradient_descent():
+    scales = torch.logspace(0, -2, 8)
+    truth = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+    def solve(build: Any) -> float:
+        weight = nn.Parameter(torch.zeros(8, 8))
+        optimizer = build([weight])
+        for step in range(60):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * (1 - step / 60)
+            ((weight - truth) * scales).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return float((weight.detach() - truth).square().mean())
+
+    def with_initial(optimizer: torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
+        for group in optimizer.param_groups:
+            group["initial"] = lr
+        return optimizer
+
+    sgd = solve(lambda params: with_initial(torch.optim.SGD(params, lr=0.4), 0.4))
+    muon = solve(lambda params: with_initial(Muon(params, lr=0.2), 0.2))
+    assert muon < 0.7 * sgd
+
+
+def test_average_follows_its_definition():
+    weight = nn.Parameter(torch.zeros(3))
+    average = Average({"w": weight}, 0.5)
+    expected = torch.zeros(3)
+    for number in range(6):
+        with torch.no_grad():
+            weight.fill_(number + 1.0)
+        average.update()
+        decay = min(0.5, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * (number + 1)
+    torch.testing.assert_close(average.values["w"], expected)
+    with average.applied():
+        torch.testing.assert_close(weight.detach(), expected)
+    assert torch.equal(weight.detach(), torch.full((3,), 6.0))
+
+
+def test_learning_rate_warms_up_holds_and_comes_down():
+    settings = ScheduleSettings(steps=100, warmup_steps=10, shape="linear", hold=0.5, final_ratio=0.1)
+    factors = [learning_rate_factor(settings, step=step, position=step / 100) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:51] == [1.0] * 41
+    assert factors[75] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    cosine = ScheduleSettings(steps=100, warmup_steps=0)
+    assert learning_rate_factor(cosine, step=50, position=0.5) == pytest.approx(0.5)
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------
+
+
+def test_bundled_recipes_are_valid():
+    from vidgen.training.dit import DitRecipe
+
+    kinds = {"vae": VaeRecipe, "dit": DitRecipe}
+    for path in RECIPES.glob("*.toml"):
+        stage = path.stem.rsplit("_", 1)[-1]
+        if stage in kinds:
+            assert read_recipe(path, kinds[stage]).stage == stage
+
+
+def test_overrides_and_their_types():
+    path = RECIPES / "tiny_hunyuan_vae.toml"
+    changed = read_recipe(path, VaeRecipe, ["run.name=other", "optimizer.lr=1", "model.block_channels=[8, 8]"])
+    assert changed.run.name == "other"
+    assert changed.optimizer.lr == 1.0
+    assert changed.model.block_channels == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.precison='fp32'", "precision"),
+        ("optimiser.lr=1", "optimizer"),
+        ("optimizer.lr='fast'", "float"),
+        ("run.precision='fp8'", "fp32"),
+        ("model.block_channels=4", "tuple"),
+        ("lr", "table.key=value"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(override, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(RECIPES / "tiny_hunyuan_vae.toml", VaeRecipe, [override])
+
+
+def test_impossible_numbers_are_refused(tmp_path):
+    run, optimizer = RunSettings(name="x", folder=str(tmp_path)), OptimizerSettings(batch_size=8)
+    with pytest.raises(RecipeError, match="exactly one"):
+        Loop(Toy(), run=run, optimizer=optimizer, schedule=ScheduleSettings(steps=1, budget_minutes=1.0))
+    with pytest.raises(RecipeError, match="more than 0"):
+        Loop(Toy(), run=run, optimizer=OptimizerSettings(batch_size=0), schedule=ScheduleSettings(steps=1))
+
+
+def test_command_line_reports_errors_without_a_traceback(tmp_path, capsys):
+    assert cli.main([str(tmp_path / "no.toml")]) == 1
+    assert "recipe is not there" in capsys.readouterr().err
+    (tmp_path / "bad.toml").write_text("stage = ")
+    assert cli.main([str(tmp_path / "bad.toml")]) == 1
+    (tmp_path / "stage.toml").write_text("stage = 'cook'")
+    assert cli.main([str(tmp_path / "stage.toml")]) == 1
+    assert "vae" in capsys.readouterr().err
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, {"step": 1})
+
+    def full_disk(self: Path, *args: object, **kwargs: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(FileError, match="space"):
+            checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoint.save(tmp_path, 3, {"a": torch.zeros(2)}, {"step": 3})
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000003"]
+    tensors, rest = checkpoint.load(tmp_path / "step-00000003")
+    assert torch.equal(tensors["a"], torch.zeros(2))
+    assert rest == {"step": 3}
+    (tmp_path / "step-00000003" / "state.safetensors").write_bytes(b"\0" * 4)
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(tmp_path / "step-00000003")
+
+
+def test_a_checkpoint_holds_no_pickle(tmp_path):
+    make_loop(tmp_path).train(stop_after=2)
+    (folder,) = checkpoint.complete(tmp_path / "toy" / "checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "state.safetensors"]
+    assert json.loads((folder / "state.json").read_text())["step"] == 2
