@@ -33,9 +33,9 @@ class TimestepEmbedder(nn.Module):
         self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """``dtype`` is the network's: the sinusoids are made in float32 and rounded once."""
-        return self.mlp(timestep_embedding(t, self.frequencies).to(dtype))
+    def forward(self, t: Tensor) -> Tensor:
+        """The sinusoids are made in float32 and rounded once, to the dtype of the weights."""
+        return self.mlp(timestep_embedding(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 class PatchEmbed(nn.Module):

@@ -81,7 +81,7 @@ class VectorEmbedder(nn.Module):
         self.out_layer = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+        return self.out_layer(F.silu(self.in_layer(x.to(self.in_layer.weight.dtype))))
 
 
 class TextProjection(nn.Module):
@@ -142,7 +142,7 @@ class TokenRefiner(nn.Module):
 
     def forward(self, context: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
         """context (B, M, text_width), timestep (B,), mask (B, M) bool -> (B, M, D)."""
-        c = self.t_embedder(timestep, context.dtype) + self.c_embedder(_masked_mean(context, mask))
+        c = self.t_embedder(timestep) + self.c_embedder(_masked_mean(context, mask))
         keys = None
         if mask is not None:
             # Token 0 is always visible: a prompt without any token must not divide zero by zero in the softmax.
@@ -255,8 +255,10 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         """x (B, L, D), vec (B, 1, D) after SiLU -> (B, L, prod(patch) * out_channels)."""
-        shift, scale = self.adaLN_modulation[1](vec).chunk(2, dim=-1)
-        return self.linear(_normed(x, shift, scale))
+        # This layer may be kept in float32 in a network of another dtype.
+        dtype = self.linear.weight.dtype
+        shift, scale = self.adaLN_modulation[1](vec.to(dtype)).chunk(2, dim=-1)
+        return self.linear(_normed(x.to(dtype), shift, scale))
 
 
 class HunyuanVideoTransformer(nn.Module):
@@ -307,14 +309,13 @@ class HunyuanVideoTransformer(nn.Module):
         self._check_inputs(x, timestep, context, pooled)
         dtype = self.img_in.proj.weight.dtype
         grid = self._grid(x)
-        times = self._frame_times(timestep, x.shape[2])
-        time = times.amax(dim=1)
+        time, frame_times = self._times(timestep, x.shape[2])
         mask = None if context_mask is None else context_mask.bool()
 
         # Under autocast these come out narrower than the weights; the residual streams keep the weights' precision.
         img = self.img_in(x.to(dtype)).to(dtype)
         txt = self.txt_in(context.to(dtype), time, mask).to(dtype)
-        vec, frame_vec = self._vectors(time, times, pooled.to(dtype), guidance)
+        vec, frame_vec = self._vectors(time, frame_times, pooled, guidance)
         block_context = _Context(
             vec=vec,
             frame_vec=frame_vec,
@@ -330,35 +331,38 @@ class HunyuanVideoTransformer(nn.Module):
         for block in self.single_blocks:
             joint = block(joint, block_context)
         out = self.final_layer(joint[:, : img.shape[1]], vec)
-        return unpatchify(out, grid, self.config.patch)
+        return unpatchify(out, grid, self.config.patch).to(dtype)
 
-    def _frame_times(self, timestep: Tensor, num_frames: int) -> Tensor:
-        """(B,) or (B, T) -> (B, 1) when all frames share a time, else (B, T)."""
-        if timestep.ndim == 2:
-            return timestep
-        times = timestep.unsqueeze(1)
+    def _times(self, timestep: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
+        """The time of each sample (B,), and of each frame of tokens (B, F) unless they all share the sample's."""
+        if timestep.ndim == 2 and num_frames > 1:
+            frames = timestep.unflatten(1, (-1, self.config.patch[0])).amax(dim=2)
+            return timestep.amax(dim=1), frames
+        time = timestep.flatten()
         if self.config.image_condition != "token_replace":
-            return times
-        return torch.cat([torch.zeros_like(times), times.expand(-1, num_frames - 1)], dim=1)
+            return time, None
+        frames = time.unsqueeze(1).expand(-1, num_frames // self.config.patch[0])
+        return time, torch.cat([torch.zeros_like(frames[:, :1]), frames[:, 1:]], dim=1)
 
     def _vectors(
-        self, time: Tensor, times: Tensor, pooled: Tensor, guidance: Tensor | None
+        self, time: Tensor, frame_times: Tensor | None, pooled: Tensor, guidance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """vec (B, 1, D) and frame_vec (B, F, D), both after SiLU; the same object when frames share a time."""
+        dtype = self.img_in.proj.weight.dtype
         text = self.vector_in(pooled).unsqueeze(1)
-        told = self._guidance_vector(guidance, pooled.dtype)
-        vec = self.time_in(time.unsqueeze(1), pooled.dtype) + text
+        told = self._guidance_vector(guidance)
+        vec = self.time_in(time.unsqueeze(1)) + text
         if told is not None:
             vec = vec + told
-        vec = F.silu(vec)
-        if times.shape[1] == 1:
+        vec = F.silu(vec).to(dtype)
+        if frame_times is None:
             return vec, vec
-        frame_vec = self.time_in(times, pooled.dtype) + text
+        frame_vec = self.time_in(frame_times) + text
         if told is not None:
-            frame_vec = frame_vec + told * (times > 0).unsqueeze(-1)
-        return vec, F.silu(frame_vec)
+            frame_vec = frame_vec + told * (frame_times > 0).unsqueeze(-1)
+        return vec, F.silu(frame_vec).to(dtype)
 
-    def _guidance_vector(self, guidance: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _guidance_vector(self, guidance: Tensor | None) -> Tensor | None:
         """(B,) -> (B, 1, D)."""
         if self.guidance_in is None:
             return None
@@ -369,7 +373,7 @@ class HunyuanVideoTransformer(nn.Module):
                 do="give guidance (6.0 is usual), or load a checkpoint without guidance embedding",
             )
         # Rounded to the network's dtype before the factor: 6.0 is heard as 6016 in bfloat16, as it was in training.
-        return self.guidance_in(guidance.to(dtype).unsqueeze(1) * 1000, dtype)
+        return self.guidance_in(guidance.to(self.img_in.proj.weight.dtype).unsqueeze(1) * 1000)
 
     def _grid(self, x: Tensor) -> tuple[int, int, int]:
         """Tokens along (frames, rows, columns)."""
