@@ -138,7 +138,9 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        signals = [signal.SIGINT, signal.SIGTERM]
+        # Python delivers signals to the main thread only, and lets no other one ask for them.
+        in_main = threading.current_thread() is threading.main_thread()
+        signals = [signal.SIGINT, signal.SIGTERM] if in_main else []
         before = {number: signal.signal(number, self._ask) for number in signals}
         try:
             yield
@@ -156,6 +158,19 @@ class Stop:
         """Raise Cancelled if someone asked."""
         if self.event.is_set():
             raise Cancelled("stopped by the user")
+
+
+def check_device(name: str | None) -> str | None:
+    """``name`` if torch has such a device here; SettingsError with those that it has."""
+    if name is None:
+        return None
+    import torch
+
+    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    known += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in known and not (name == "cuda" and "cuda:0" in known):
+        raise SettingsError("There is no such device here", given=name, expected="one of " + ", ".join(known))
+    return name
 
 
 def render(
@@ -183,7 +198,7 @@ def render(
     from ..nodes import host as hosts
     from ..vidgen_core.media import check_writable
 
-    host = hosts.LocalNodeHost(run_on=device, folders=folders, cancelled=stop.event)
+    host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event)
     if output is None or output.is_dir():
         host.output_folder = output or host.output_folder
     else:
