@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +30,12 @@ from .noise import NoiseStream
 from .preview import LatentRGB
 from .resume import RunFile
 from .sampling import SAMPLERS, StepInfo, sample
+from .tiling import OnTile, Tiling, tiled
 from .timesteps import SCHEDULES, schedule, unknown_name
 from .types import Conditioning, Defaults, Denoise, VideoShape
 
 MAX_BATCH = 64
+TILES = Tiling()
 SMALL_FLOPS = 4e10
 """a forward below this takes one core about a second"""
 
@@ -88,6 +90,9 @@ class Sampling:
 
     def check(self, diffusion: Diffusion) -> Tensor:
         """The times to visit. Raises SettingsError for anything that cannot be used; call on resolved settings."""
+        assert self.num_steps is not None, "settings are resolved first"
+        assert self.shift is not None
+        assert self.cfg is not None
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", self.sampler, SAMPLERS)
         if self.schedule not in SCHEDULES:
@@ -105,7 +110,6 @@ class Sampling:
             _check_whole("number of threads", self.threads, low=1, high=1024)
         if not isinstance(self.negative_prompt, str):
             raise SettingsError("The negative prompt is not a text", given=repr(self.negative_prompt))
-        assert self.num_steps is not None and self.shift is not None  # noqa: PT018
         return schedule(self.schedule, self.num_steps, shift=self.shift, diffusion=diffusion, denoise=self.denoise)
 
 
@@ -123,7 +127,7 @@ def _check_whole(name: str, value: object, *, low: int, high: int) -> None:
 
 
 def check_prompts(prompt: object) -> list[str]:
-    """One text or several as a list of texts; an empty text is fine, anything else is a SettingsError."""
+    """One text or several as a list of texts; SettingsError for anything else and for an empty one."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes) or not prompts:
         raise SettingsError("The prompt cannot be used", given=repr(prompt), expected="a text or a list of texts")
@@ -132,6 +136,10 @@ def check_prompts(prompt: object) -> list[str]:
             raise SettingsError("A prompt is not a text", given=repr(item), expected="a text such as 'a red star'")
         if "\0" in item:
             raise SettingsError("The prompt has a null character in it", given=repr(item), do="remove it")
+        if not item.strip():
+            raise SettingsError(
+                "The prompt is empty", given=repr(item), expected="what the video should show", do="write a prompt"
+            )
     return list(prompts)
 
 
@@ -164,7 +172,7 @@ def sample_latents(
     host: Host | None = None,
     start: Tensor | None = None,
     preview: LatentRGB | None = None,
-    identity: dict[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Noise to clean latents.
 
@@ -175,7 +183,8 @@ def sample_latents(
         settings: None fields take the checkpoint's defaults.
         start: clean latents of this shape, read where ``settings.denoise`` is below 1.
         preview: how to show unfinished latents; None shows none unless the checkpoint brings it.
-        identity: what else must be equal for a saved run to be taken up again (prompt, ...).
+        identity: what the conditioning was made from (prompt, text encoders), to tell saved runs apart in the user's
+            words; None tells them apart by the conditioning's numbers.
 
     Returns:
         (B, C, T, H, W) float32 on the model's device. The file at ``settings.resume_path`` stays, so that decoding
@@ -188,7 +197,10 @@ def sample_latents(
     """
     host = host or LocalHost()
     settings = settings.resolved(model.defaults)
-    run = _run_file(model, positive, negative, shape, settings, identity)
+    known = {"conditioning": fingerprint(positive, negative)} if identity is None else identity
+    if start is not None:
+        known = {**known, "start": fingerprint(Conditioning(concat=start))}
+    run = _run_file(model, shape, settings, known)
     latents = _sample(model, positive, negative, shape, settings, host=host, start=start, preview=preview, run=run)
     if run is not None:
         run.save()
@@ -210,16 +222,17 @@ def _sample(
     ts = settings.check(model.diffusion)
     noise = NoiseStream.of_batch(settings.seed, shape[0])
     state = None if run is None else run.load()
-    preview = preview or model.preview
+    to_rgb = preview or model.preview
 
     def on_step(info: StepInfo) -> None:
         if run is not None:
             run.keep(info.state)
         host.progress("sample", info.step, info.num_steps)
-        if preview is not None:
-            host.preview(lambda: preview.frames(info.x0))
+        if to_rgb is not None:
+            host.preview(lambda: to_rgb.frames(info.x0))
         host.check_cancelled()
 
+    assert settings.sampler is not None
     saving = contextlib.nullcontext() if run is None else run.saved_on_failure()
     threads = using_threads(choose_threads(settings, model, shape))
     with torch.inference_mode(), threads, watched(model.network, host), saving:
@@ -288,8 +301,18 @@ def _guided(model: VideoModel, positive: Conditioning, negative: Conditioning | 
     return cfg(cond, uncond, scale, rescale=settings.cfg_rescale, diffusion=model.diffusion)
 
 
-def decode_latents(codec: Codec, latents: Tensor, *, host: Host | None = None, threads: int | None = None) -> Tensor:
+def decode_latents(
+    codec: Codec,
+    latents: Tensor,
+    *,
+    tiling: Tiling | None = TILES,
+    host: Host | None = None,
+    threads: int | None = None,
+) -> Tensor:
     """(B, C, T, H, W) latents -> video (B, 3, T, H, W) float32 in [-1, 1] on the CPU, one sample at a time.
+
+    Args:
+        tiling: of videos larger than one tile; None decodes in one pass, whatever memory that takes.
 
     Raises:
         NumericsError: the decoder's output is not finite.
@@ -298,10 +321,11 @@ def decode_latents(codec: Codec, latents: Tensor, *, host: Host | None = None, t
     videos = []
     module = codec if isinstance(codec, nn.Module) else None
     with torch.inference_mode(), using_threads(threads), watched(module, host):
-        for index, one in enumerate(latents.split(1)):
+        for index, one in enumerate(latents.cpu().split(1)):
             host.check_cancelled()
             host.progress("decode", index, len(latents))
-            video = codec.decode(one).float().clamp_(-1, 1).cpu()
+            one_codec = codec if tiling is None else tiled(codec, tiling, on_tile=_on_tile(host, index, len(latents)))
+            video = one_codec.decode(one).cpu().float().clamp_(-1, 1)
             if not bool(torch.isfinite(video).all()):
                 raise NumericsError(
                     "The decoded video is not finite", do="load the VAE in float32 or bfloat16: float16 overflows"
@@ -309,6 +333,17 @@ def decode_latents(codec: Codec, latents: Tensor, *, host: Host | None = None, t
             videos.append(video)
         host.progress("decode", len(latents), len(latents))
     return torch.cat(videos)
+
+
+def _on_tile(host: Host, index: int, num_videos: int) -> OnTile:
+    """Progress in tiles of all videos, and a question whether to stop."""
+
+    def on_tile(done: int, total: int) -> None:
+        if total > 1:
+            host.progress("decode", index * total + done, num_videos * total)
+        host.check_cancelled()
+
+    return on_tile
 
 
 def generate(
@@ -353,7 +388,7 @@ def generate(
         host.progress("encode", 1, 1)
 
     identity = {"prompt": prompts, "text encoders": bundle.headers["text"].digest if bundle.headers else ""}
-    run = _run_file(model, positive, negative, latent_shape, settings, identity)
+    run = _run_file(model, latent_shape, settings, identity)
     latents = _sample(
         model, positive, negative, latent_shape, settings, host=host, start=None, preview=bundle.latent_rgb(), run=run
     )
@@ -368,19 +403,13 @@ def generate(
 
 
 def _run_file(
-    model: VideoModel,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    shape: Sequence[int],
-    settings: Sampling,
-    identity: dict[str, Any] | None,
+    model: VideoModel, shape: Sequence[int], settings: Sampling, known: Mapping[str, Any]
 ) -> RunFile | None:
-    """The file of an interrupted run, checked against this one; None when none is wanted."""
+    """The file of an interrupted run; None when none is wanted. ``known`` is what the result depends on besides."""
     if settings.resume_path is None:
         return None
     outside = {"resume_path", "threads", "cfg_batched", "num_videos", "samples_at_once"}  # how, not what
     values = {key: value for key, value in asdict(settings).items() if key not in outside}
-    known = identity if identity is not None else {"conditioning": fingerprint(positive, negative)}
     identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint}
     return RunFile(Path(settings.resume_path), identity)
 

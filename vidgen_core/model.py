@@ -270,9 +270,9 @@ def inspect_header(header: Header) -> dict[str, Any]:
     """:func:`inspect_file` of a header that was read already."""
     found = identify(header)
     dtypes: dict[str, int] = {}
-    for info in header.tensors.values():
-        name = str(info.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + info.num_elements
+    for tensor in header.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
     info: dict[str, Any] = {
         "path": str(header.path),
         "family": found.family.name,

@@ -71,7 +71,7 @@ class RunFile:
         # A copy of the record: tensors are never changed in place, but an interrupt may fall between two fields.
         self._last = replace(state, memory=dict(state.memory))
         if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-            self._last.save(self.path)
+            self.save()
             self._saved_at = time.monotonic()
 
     @contextlib.contextmanager
@@ -92,7 +92,7 @@ class RunFile:
         try:
             self._last.save(self.path)
             log.info("the run is kept in %s after step %d", self.path, self._last.step)
-        except FileError as problem:  # the exception on its way out matters more
+        except FileError as problem:  # neither the run nor the exception on its way out should be lost to it
             log.warning("%s", problem)
 
     def remove(self) -> None:
