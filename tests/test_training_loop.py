@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
 from vidgen.training import checkpoint, cli
 from vidgen.training.loop import MAX_BAD_STEPS, Draw, Loop, Objective, mix
-from vidgen.training.optim import Average, Muon, build_optimizers, learning_rate_factor, orthogonalise
+from vidgen.training.optim import NEWTON_SCHULZ, Average, Muon, build_optimizers, learning_rate_factor, orthogonalise
 from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, read_recipe
 from vidgen.training.vae import VaeRecipe
 from vidgen.vidgen_core.errors import CheckpointError, FileError, NumericsError, RecipeError
@@ -233,21 +234,29 @@ def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
     torch.testing.assert_close(core, torch.diag(core.diagonal()), rtol=0, atol=1e-9)
 
 
-def test_muon_equals_torchs_own():
-    own = pytest.importorskip("torch.optim", reason="torch").__dict__.get("Muon")
-    if own is None:
-        pytest.skip("this torch has no Muon")
-    start = torch.randn(8, 20, generator=torch.Generator().manual_seed(0))
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = Muon([ours], lr=0.02, momentum=0.9, weight_decay=0.1)
-    b = own([theirs], lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    for step in range(4):
-        grad = torch.randn(8, 20, generator=torch.Generator().manual_seed(step + 1))
-        ours.grad, theirs.grad = grad.clone(), grad.clone()
-        a.step()
-        b.step()
-    # Theirs runs the rounds in bfloat16 (3 digits), 4 updates of about 0.02 each.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * 0.02 * 0.05)
+def test_gram_rounds_equal_the_textbooks_rounds():
+    """Rounds on the short side's Gram matrix give what rounds on the whole matrix give (Jordan et al. 2024)."""
+    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b, c = NEWTON_SCHULZ
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalise(matrix), x, rtol=0, atol=1e-12)
+
+
+def test_muon_step_is_its_definition():
+    weight = nn.Parameter(torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0)))
+    expected, momentum = weight.detach().clone(), torch.zeros(6, 2, 5)
+    optimizer = Muon([weight], lr=0.02, momentum=0.9, weight_decay=0.1)
+    for step in range(3):
+        grad = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(step + 1))
+        weight.grad = grad.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * grad
+        update = orthogonalise((0.1 * grad + 0.9 * momentum).flatten(1)).view(6, 2, 5)
+        expected = (1 - 0.02 * 0.1) * expected - 0.02 * 0.2 * 10**0.5 * update
+    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-5)
 
 
 def test_muon_takes_hidden_matrices_only():

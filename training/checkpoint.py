@@ -41,7 +41,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], rest: Mapping[s
         temporary.rename(final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise FileError("The checkpoint could not be written", given=f"{final}: {error}", do="free some space") from error
+        raise FileError("The checkpoint could not be written", given=f"{final}: {error}", do="free space") from error
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -61,7 +61,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path / TENSORS), json.loads((path / REST).read_text(encoding="utf-8"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            "The checkpoint is damaged", given=f"{path}: {error}", do="delete it; the run then starts from the one before"
+            "The checkpoint is damaged",
+            given=f"{path}: {error}",
+            do="delete it; the run then starts from the one before",
         ) from error
 
 

@@ -174,11 +174,11 @@ class Loop:
                     break
                 self._step()
                 self.progress.elapsed_s = self._agree_on_time(time.monotonic() - started)
-                now = time.monotonic()
-                if self._due(self.run_settings.evaluate_steps, self.run_settings.evaluate_minutes, now - last_evaluation):
+                now, run = time.monotonic(), self.run_settings
+                if self._due(run.evaluate_steps, run.evaluate_minutes, now - last_evaluation):
                     self._evaluate()
                     last_evaluation = time.monotonic()
-                if self._due(self.run_settings.checkpoint_steps, self.run_settings.checkpoint_minutes, now - last_checkpoint):
+                if self._due(run.checkpoint_steps, run.checkpoint_minutes, now - last_checkpoint):
                     self._save()
                     last_checkpoint = time.monotonic()
         self._save()
@@ -387,7 +387,9 @@ def _accelerator(run: RunSettings) -> Any:
         from accelerate.state import AcceleratorState, PartialState
     except ModuleNotFoundError as error:
         raise MissingLibraryError(
-            "Training needs a library that is not installed", given="accelerate", do="pip install 'comfyui-vidgen[train]'"
+            "Training needs a library that is not installed",
+            given="accelerate",
+            do="pip install 'comfyui-vidgen[train]'",
         ) from error
     os.environ.setdefault("OMP_NUM_THREADS", str(run.threads))
     if not torch.distributed.is_initialized():

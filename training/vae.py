@@ -257,4 +257,4 @@ def detail_loss(out: Tensor, video: Tensor, num_scales: int = 3) -> Tensor:
 
 def psnr_db(out: Tensor, video: Tensor) -> float:
     """Peak signal to noise ratio of two videos in [-1, 1]."""
-    return 10 * math.log10(4 / max(1e-10, float((out - video).double().square().mean())))
+    return 10 * math.log10(4 / max(1e-10, float((out - video).detach().double().square().mean())))

@@ -126,9 +126,10 @@ def _encode_chunk(settings: PoolSettings, codec_path: str, folder: Path, index: 
     codec = load_frozen_codec(codec_path)
     rows = []
     for first in range(index * CHUNK, (index + 1) * CHUNK, BATCH):
-        clips = np.stack([draw_clip(settings, i) for i in range(first, first + BATCH)])
+        numbers = range(first, first + BATCH)
+        clips = np.stack([draw_clip(settings, i) for i in numbers])
         video = torch.from_numpy(clips).float() / 127.5 - 1
-        frames = [int(np.random.default_rng([settings.seed, i]).integers(settings.num_frames)) for i in range(first, first + BATCH)]
+        frames = [int(np.random.default_rng([settings.seed, i]).integers(settings.num_frames)) for i in numbers]
         image = torch.stack([video[k, :, t : t + 1] for k, t in enumerate(frames)])
         rows.append(torch.cat([codec.encode(video), codec.encode(image)], dim=2).half())
     partial = folder / f".{index:06d}.{os.getpid()}.npy"
