@@ -14,6 +14,7 @@ from torch import Tensor
 from vidgen.vidgen_core.errors import CheckpointError
 from vidgen.vidgen_core.model import (
     VideoModel,
+    choose_dtype,
     denoiser,
     denoiser_pair,
     inspect_file,
@@ -23,7 +24,7 @@ from vidgen.vidgen_core.model import (
     load_text,
 )
 from vidgen.vidgen_core.types import Conditioning, Defaults
-from vidgen.vidgen_core.weights.header import read_header
+from vidgen.vidgen_core.weights.header import Header, TensorInfo, read_header
 from vidgen.vidgen_core.weights.load import read_tensors
 from vidgen.vidgen_core.weights.save import save_tensors
 
@@ -176,6 +177,25 @@ def test_half_precision_files_compute_in_float32_on_a_cpu_unless_told_otherwise(
     x0 = denoiser(model, conditioning(3))(torch.randn(SHAPE), torch.tensor(0.5))
     assert x0.dtype == torch.float32
     assert bool(x0.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num", "device", "chosen"),
+    [
+        (torch.float16, 1e6, "cpu", torch.float32),
+        (torch.float16, 1e6, "cuda", torch.float32),
+        (torch.bfloat16, 13e9, "cuda", None),
+        (torch.bfloat16, 1e15, "cpu", None),
+        (torch.float8_e4m3fn, 13e9, "cuda", torch.bfloat16),
+        (torch.float32, 13e9, "cuda", None),
+    ],
+)
+def test_the_dtype_follows_size_and_device(
+    dtype: torch.dtype, num: float, device: str, chosen: torch.dtype | None
+) -> None:
+    tensors = {"w": TensorInfo((int(num),), dtype)}
+    header = Header(path=Path("x"), tensors=tensors, metadata={}, num_bytes=1, digest="")
+    assert choose_dtype(header, torch.device(device)) == chosen
 
 
 def test_a_foreign_layout_loads_to_the_same_network(tmp_path: Path) -> None:

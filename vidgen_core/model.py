@@ -160,6 +160,8 @@ def _join_contexts(conditionings: Sequence[Conditioning]) -> tuple[Tensor | None
 
 _CPU_SHARE = 0.5
 """of the free memory that weights may take as float32; the rest is for activations and the other parts"""
+_SMALL_BYTES = 2**30
+"""weights that a GPU does not notice as float32"""
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -200,17 +202,16 @@ def build_part(
 def choose_dtype(header: Header, device: torch.device) -> torch.dtype | None:
     """The dtype to hold a checkpoint's weights in; None keeps the file's.
 
-    On a CPU float32 is the most exact and, without matrix units for bfloat16, also the fastest: it is chosen where
-    it fits into memory. float8 is a way to store weights, not to compute with them.
+    float32 where it costs little: it is the most exact, equal on every device, and on a CPU without matrix units for
+    bfloat16 also the fastest. float8 is a way to store weights, not to compute with them.
     """
     dtypes = {info.dtype for info in header.tensors.values()}
-    is_float8 = bool(dtypes & {torch.float8_e4m3fn, torch.float8_e5m2})
-    if device.type == "cpu":
-        as_float32 = 4 * header.num_parameters
-        if dtypes <= {torch.float32} or as_float32 > _CPU_SHARE * available_memory():
-            return torch.bfloat16 if is_float8 else None
+    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
+    if dtypes <= {torch.float32}:
+        return None
+    if 4 * header.num_parameters <= room:
         return torch.float32
-    return torch.bfloat16 if is_float8 else None
+    return torch.bfloat16 if dtypes & {torch.float8_e4m3fn, torch.float8_e5m2} else None
 
 
 def load_network(
