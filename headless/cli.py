@@ -175,8 +175,6 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     """
     from .render import node_of, shipped
 
-    if not arguments.prompt.strip():
-        raise SettingsError("The prompt is empty", given=repr(arguments.prompt), do="say what the video should show")
     prompt = shipped("hunyuan_t2v")
     loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
     if arguments.model is not None:
@@ -218,11 +216,12 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, s
     """(shape, fps, negative prompt), after checking every setting against the headers of the model's files."""
     from ..nodes.host import LocalNodeHost
     from ..vidgen_core.bundle import find_parts
-    from ..vidgen_core.generate import Sampling
+    from ..vidgen_core.generate import Sampling, check_prompts
     from ..vidgen_core.media import check_writable
     from ..vidgen_core.model import defaults_of
     from ..vidgen_core.types import VideoShape
 
+    check_prompts(arguments.prompt)
     check_writable(arguments.output)
     host = LocalNodeHost(folders=model_folders(arguments.models))
     headers, found = find_parts(host.find_model_folder(model))

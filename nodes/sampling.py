@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..vidgen_core.errors import SettingsError
 from .wires import (
     CATEGORY,
     COND,
@@ -154,11 +153,10 @@ class Sampler:
         negative: EncodedPrompt | None = None,
         node_id: str | None = None,
     ) -> tuple[Latent]:
-        from ..vidgen_core.generate import Sampling, sample_latents
+        from ..vidgen_core.generate import Sampling, check_prompts, sample_latents
         from .host import current
 
-        if not positive.prompt.strip():
-            raise SettingsError("The prompt is empty", expected="what the video should show", do="write a prompt")
+        check_prompts(positive.prompt)
         host = current()
         samples, scale = video_samples(latent), latent_scale(latent, model)
         check_latents(model, samples)

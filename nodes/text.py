@@ -39,7 +39,5 @@ class EncodePrompt:
         }
 
     def encode(self, text_encoders: Any, prompt: str, template: str) -> tuple[EncodedPrompt]:
-        from ..vidgen_core.generate import check_prompts
-
-        features = text_encoders.encode(check_prompts(prompt), image_mode=template == "image")
+        features = text_encoders.encode([prompt], image_mode=template == "image")
         return (EncodedPrompt(prompt=prompt, features=features, text_config=text_encoders.config),)

@@ -17,10 +17,10 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -185,31 +185,32 @@ def _encode(
         tag_file = Path(scratch) / "tags.txt"
         tag_file.write_text(_ffmetadata(tags), encoding="utf-8")
         command[command.index("{tags}")] = str(tag_file)
-        with _Child(command, stdin=subprocess.PIPE, stderr=errors) as ffmpeg:
-            assert ffmpeg.stdin is not None
+        with _running(command, errors) as (ffmpeg, stdin):
             # A broken pipe means that ffmpeg gave up: its own words, read below, say why.
             with suppress(BrokenPipeError):
                 for frame in frames:
-                    ffmpeg.stdin.write(_frame_bytes(frame, first.shape, (height, width)))
+                    stdin.write(_frame_bytes(frame, first.shape, (height, width)))
             with suppress(BrokenPipeError):
-                ffmpeg.stdin.close()
+                stdin.close()
             code = ffmpeg.wait()
         if code != 0:
             raise _failure(path, errors, code)
 
 
-class _Child(subprocess.Popen[bytes]):
-    """A child process that ctrl-C in the terminal does not reach (we stop it ourselves), killed on the way out."""
-
-    def __init__(self, command: list[str], **streams: int | IO[bytes]) -> None:
-        options = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}  # own process group
-        super().__init__(command, stdout=subprocess.DEVNULL, **streams, **options)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.poll() is None:
-            self.kill()
+@contextmanager
+def _running(command: list[str], errors: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """A child process and its standard input; ctrl-C in the terminal does not reach it, we end it on the way out."""
+    own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, **own_group)
+    assert process.stdin is not None
+    try:
+        yield process, process.stdin
+    finally:
+        if process.poll() is None:
+            process.kill()
         with suppress(OSError):  # bytes still buffered for a killed process
-            super().__exit__(*exc)
+            process.stdin.close()
+        process.wait()
 
 
 def _padded_size(shape: tuple[int, ...], suffix: str) -> tuple[int, int]:
