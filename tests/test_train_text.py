@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vidgen.training import cli
 from vidgen.training import text as training
 from vidgen.training.data.shapes import ATTRIBUTES
+from vidgen.training.recipe import read_recipe
+from vidgen.training.text_recipe import TextRecipe
+from vidgen.vidgen_core.errors import RecipeError
 from vidgen.vidgen_core.families import identify
 from vidgen.vidgen_core.families.hunyuan.config import TextConfig
 from vidgen.vidgen_core.families.hunyuan.text import TextStack
@@ -138,3 +144,54 @@ def test_probe_and_explained_variance_on_known_data() -> None:
 def test_the_skipped_layer_is_not_built() -> None:
     """Two of three layers are built and stored."""
     assert len(TextStack(_config()).llama.layers) == 2
+
+
+# ---- by a recipe -----------------------------------------------------------------------------------------------
+
+RECIPE = Path(cli.__file__).parent / "recipes" / "tiny_hunyuan_text.toml"
+
+
+def test_the_bundled_recipe_spells_out_the_published_run() -> None:
+    recipe = read_recipe(RECIPE, TextRecipe)
+    assert (recipe.run.seed, recipe.run.threads, recipe.schedule.steps) == (0, 1, 600)
+    assert recipe == TextRecipe(stage="text", run=recipe.run), "it states the defaults, so that they may change"
+
+
+def test_a_recipe_trains_what_the_function_trains(tmp_path: Path) -> None:
+    changes = [f"model.width={WIDTH}", "schedule.steps=3", "optimizer.batch_size=16", "num_test=20"]
+    places = [f"run.folder={str(tmp_path)!r}", "run.name=small"]
+    arguments = [part for change in (*changes, *places) for part in ("--set", change)]
+    assert cli.main([str(RECIPE), *arguments]) == 0
+    expected = _train(tmp_path / "direct.safetensors", 3)
+    by_recipe, direct = (load_file(tmp_path / name) for name in ("small/text.safetensors", "direct.safetensors"))
+    assert by_recipe.keys() == direct.keys()
+    assert all(torch.equal(by_recipe[name], direct[name]) for name in direct)
+    notes = json.loads((tmp_path / "small" / "scores.json").read_text())
+    assert notes["scores"] == expected
+    assert notes["recipe"]["schedule"]["steps"] == 3
+    (row,) = csv.DictReader((tmp_path / "small" / "loss.csv").open())
+    assert row["step"] == "3"
+    parts = {"pooled", "mean", "last", "additive", "next_word", "scale"}
+    assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in parts), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.widht=32", "width"),
+        ("run.precision='bf16'", "precision"),
+        ("optimizer.batch_size=0", "more than 0"),
+        ("model.width=36", "heads"),
+        ("model.skip_layers=3", "No layer"),
+        ("stage.text=1", "no table"),
+    ],
+)
+def test_a_wrong_recipe_trains_nothing(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        cli.train(RECIPE, [f"run.folder={str(tmp_path)!r}", override])
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_is_nothing_to_finish(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no checkpoints"):
+        cli.train(RECIPE, [f"run.folder={str(tmp_path)!r}"], finish_now=True)

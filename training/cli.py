@@ -15,7 +15,7 @@ from ..vidgen_core.errors import RecipeError, UserError
 
 log = logging.getLogger("vidgen")
 
-STAGES = ("vae", "dit")
+STAGES = ("text", "vae", "dit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,15 +41,32 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = T
         resume: go on from the newest checkpoint of the run's folder.
         finish_now: no training; write the result of the newest checkpoint.
     """
+    from .loop import check_settings
     from .recipe import read_table
 
     table = read_table(recipe, overrides)
-    processes = 1 if finish_now else table.get("run", {}).get("processes", 1)
+    if table.get("stage") == "text":
+        _train_text(recipe, overrides, finish_now=finish_now)
+        return
+    settings, _ = _stage(recipe, overrides)
+    check_settings(settings.run, settings.optimizer, settings.schedule)
+    processes = 1 if finish_now else settings.run.processes
     if processes == 1:
         run_stage(str(recipe), overrides, resume, finish_now)
         return
     prepare(str(recipe), overrides)
     _run_processes(processes, str(recipe), overrides, resume)
+
+
+def _train_text(recipe: str | Path, overrides: Sequence[str], *, finish_now: bool) -> None:
+    """The text encoders have a short loop of their own: no checkpoints, no processes."""
+    from .recipe import read_recipe
+    from .text_recipe import TextRecipe, train_by_recipe
+
+    settings = read_recipe(recipe, TextRecipe, overrides)
+    if finish_now:
+        raise RecipeError("This stage keeps no checkpoints", given='stage = "text"', do="train it anew, for minutes")
+    train_by_recipe(settings)
 
 
 def run_stage(recipe: str, overrides: Sequence[str], resume: bool = True, finish_now: bool = False) -> None:
@@ -80,7 +97,7 @@ def prepare(recipe: str, overrides: Sequence[str]) -> None:
     objective_type(settings)
 
 
-def _stage(recipe: str, overrides: Sequence[str]) -> tuple[Any, Any]:
+def _stage(recipe: str | Path, overrides: Sequence[str]) -> tuple[Any, Any]:
     """The recipe as a dataclass, and the objective's class."""
     from .recipe import read_recipe, read_table
 

@@ -6,7 +6,7 @@ Every table of the file is a dataclass. An unknown key, a missing one, or a valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -84,7 +84,7 @@ def read_recipe(path: str | Path, kind: type[T], overrides: Sequence[str] = ()) 
 
     Raises:
         FileError: the file is not there.
-        RecipeError: it is no TOML, has an unknown key, lacks one, or a value has the wrong type.
+        RecipeError: it is no TOML, or has an unknown key, lacks one, or a value has the wrong type.
     """
     return config_from_dict(kind, read_table(path, overrides), where=str(path), error=RecipeError)
 
@@ -94,10 +94,23 @@ def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     file = Path(path)
     if not file.is_file():
         raise FileError("The recipe is not there", given=file, do="see training/recipes for the bundled ones")
-    table = _parse_toml(file.read_text(encoding="utf-8"), what=str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"The recipe cannot be read ({error.strerror})", given=file) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError("The recipe is not a text file", given=file, expected="TOML in UTF-8") from error
+    table = _parse_toml(text, what=str(file))
     for override in overrides:
         _apply_override(table, override)
     return table
+
+
+def require_positive(values: Mapping[str, float | None]) -> None:
+    """Raise :class:`RecipeError` for the first of the named values that is not above 0; None counts as not given."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise RecipeError("A value of the recipe cannot be used", given=f"{name} = {value}", expected="more than 0")
 
 
 def _parse_toml(text: str, *, what: str) -> dict[str, Any]:
@@ -122,4 +135,6 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     *parents, key = path.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError("An override goes into a value that is no table", given=override)
     table[key] = value

@@ -104,7 +104,15 @@ def caption_tokenizer() -> Tokenizer:
     return Tokenizer.from_words([*VOCABULARY, *(word for phrase in phrases for word in phrase.split())])
 
 
-def tiny_text_config(*, width: int = 128, skip_layers: int = 1, max_length: int = 32) -> TextConfig:
+def tiny_text_config(
+    *,
+    width: int = 128,
+    num_heads: int = 4,
+    llama_layers: int = 3,
+    skip_layers: int = 1,
+    clip_layers: int = 2,
+    max_length: int = 32,
+) -> TextConfig:
     """Encoders of about 1 M parameters for the captions: no template, one vocabulary for both."""
     tokenizer = caption_tokenizer()
     bare = Template(text="{}", crop_start=0)
@@ -112,9 +120,9 @@ def tiny_text_config(*, width: int = 128, skip_layers: int = 1, max_length: int 
         llama=LlamaDims(
             vocab_size=tokenizer.vocab_size,
             hidden_size=width,
-            num_layers=3,
-            num_heads=4,
-            num_kv_heads=4,
+            num_layers=llama_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
             intermediate_size=2 * width,
             rope_theta=10000.0,
             skip_layers=skip_layers,
@@ -122,8 +130,8 @@ def tiny_text_config(*, width: int = 128, skip_layers: int = 1, max_length: int 
         clip=ClipDims(
             vocab_size=tokenizer.vocab_size,
             hidden_size=width,
-            num_layers=2,
-            num_heads=4,
+            num_layers=clip_layers,
+            num_heads=num_heads,
             intermediate_size=4 * width,
             max_length=max_length,
             eos_token_id=_required_id(tokenizer, EOS),
