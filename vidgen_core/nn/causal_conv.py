@@ -35,7 +35,7 @@ class CausalConv3d(nn.Module):
         assert self.conv.stride == (1, 1, 1)
         out: Tensor | None = None
         for start, padded in _windows(x, before, self.side, self.front, num_frames):
-            part = self.conv(padded)
+            part: Tensor = self.conv(padded)
             if out is None:
                 out = part.new_empty(*part.shape[:2], x.shape[2], *part.shape[3:])
             out[:, :, start : start + part.shape[2]] = part
@@ -67,7 +67,7 @@ class UpsampledCausalConv3d(nn.Module):
         size = (time * (length - 1) + 1, height * rows, width * columns)
         out: Tensor | None = None
         for start, padded in _windows(x, lambda frames: frames, 1, self.front, num_frames):
-            phases = self.conv(padded)
+            phases: Tensor = self.conv(padded)
             if out is None:
                 out = phases.new_empty(batch, self.conv.out_channels, *size)
             end = time * (start + phases.shape[2] - 1) + 1
@@ -103,7 +103,8 @@ class _PhaseConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         time, height, width = self.steps
-        weight = self.weight
+        weight, bias = self.weight, self.bias
+        assert bias is not None
         for dim, step in ((4, width), (3, height), (2, time)):
             if step == 2:
                 first, middle, last = weight.unbind(dim)
@@ -111,7 +112,7 @@ class _PhaseConv3d(nn.Conv3d):
                 early = torch.stack([first + middle, last], dim)
                 # Space is padded on both sides, time in front only: there, frame 2 n - 1 is the first of its pair.
                 weight = torch.cat([early, late] if dim == 2 else [late, early])
-        return F.conv3d(x, weight, self.bias.repeat(time * height * width))
+        return F.conv3d(x, weight, bias.repeat(time * height * width))
 
 
 class _Interleave(torch.autograd.Function):

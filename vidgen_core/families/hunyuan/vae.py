@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +153,12 @@ class UpBlock(nn.Module):
         yield from (*self.resnets, *self.upsamplers)
 
 
+def _layers(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    for block in blocks:
+        assert isinstance(block, (DownBlock, UpBlock))
+        yield from block.layers()
+
+
 class Encoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -171,7 +176,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for layer in chain.from_iterable(block.layers() for block in self.down_blocks):
+        for layer in _layers(self.down_blocks):
             x = layer(x)
         x = self.mid_block(x)
         return _normed_conv(self.conv_norm_out, self.conv_out, x)
@@ -194,7 +199,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for layer in chain.from_iterable(block.layers() for block in self.up_blocks):
+        for layer in _layers(self.up_blocks):
             x = layer(x)
         return _normed_conv(self.conv_norm_out, self.conv_out, x)
 
@@ -217,10 +222,12 @@ def level_steps(config: CodecConfig) -> list[Steps]:
             do="add a level to block_channels or lower the compression",
         )
     last = num_levels - 1
-    return [
-        (2 if last - num_time <= level < last else 1, *(2 if level < num_space else 1,) * 2)
-        for level in range(num_levels)
-    ]
+    steps = []
+    for level in range(num_levels):
+        time = 2 if last - num_time <= level < last else 1
+        space = 2 if level < num_space else 1
+        steps.append((time, space, space))
+    return steps
 
 
 def _log2(compression: int) -> int:
