@@ -1,4 +1,4 @@
-"""Does the tiny checkpoint do what it is told? Renders unseen prompts and measures the videos with closed-form detectors.
+"""Does the tiny checkpoint do what it is told? Unseen prompts are rendered and the videos measured in closed form.
 
 ``python -m vidgen.benchmarks.follow --n 256 --seed 1 [--split seen|heldout] [--json]``
 
@@ -74,8 +74,7 @@ def run_task(task: Task) -> list[dict[str, Any]]:
     for index in task.indices:
         scene, caption = scene_and_caption(task.split, task.seed, index)
         started = time.perf_counter()
-        with _quiet():
-            video = generate(bundle, caption, settings=replace(settings, seed=task.seed * 100_003 + index))
+        video = generate(bundle, caption, settings=replace(settings, seed=task.seed * 100_003 + index))
         seconds = time.perf_counter() - started
         render = _to_uint8(video)
         truth = shapes.render(scene)
@@ -94,23 +93,6 @@ def run_task(task: Task) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _quiet():  # noqa: ANN202
-    import contextlib
-    import logging
-
-    @contextlib.contextmanager
-    def silence():  # noqa: ANN202
-        logger = logging.getLogger("vidgen")
-        level = logger.level
-        logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-    return silence()
 
 
 def _to_uint8(video: Any) -> np.ndarray:
@@ -136,7 +118,7 @@ def _psnr_db(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def features(clip: np.ndarray) -> np.ndarray:
-    """Fixed random-feature statistics of a clip, (NUM_FEATURES,): two random causal-free 3-D convolutions with ReLU,
+    """Fixed random-feature statistics of a clip, (NUM_FEATURES,): two random 3-D convolutions with ReLU,
     averaged over space and time, then projected. Never trained, the same for everyone."""
     import torch
     import torch.nn.functional as F
@@ -231,9 +213,7 @@ def _summary(rows: Sequence[dict[str, Any]], other: np.ndarray) -> dict[str, Any
         result[f"chance_{name}"] = (
             sum(rows[i]["seen"][name] == rows[(i + shift) % num]["wanted"][name] for i in range(num)) / num
         )
-    result["interval_95"] = {
-        name: wilson(result[name], num) for name in (*detect.JUDGED, "all_correct")
-    }
+    result["interval_95"] = {name: wilson(result[name], num) for name in (*detect.JUDGED, "all_correct")}
     result["psnr_db"] = float(np.mean([row["psnr_db"] for row in rows]))
     if num > NUM_FEATURES:
         truth, made, rest = _whitened(

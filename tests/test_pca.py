@@ -42,7 +42,9 @@ def test_latents_carry_the_picture_linearly(vae: CausalVAE) -> None:
     def rows(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z = vae.encode(video)[0][:, :, 1:].movedim(1, -1).flatten(0, 3)
         patches = video[:, :, 1:].unflatten(2, (-1, 4)).unflatten(4, (-1, 8)).unflatten(6, (-1, 8))
-        return torch.cat([z, torch.ones(len(z), 1)], 1), patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(0, 3)
+        return torch.cat([z, torch.ones(len(z), 1)], 1), patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(
+            0, 3
+        )
 
     z, patches = rows(clips(24, salt=2))
     solution = torch.linalg.lstsq(z, patches).solution

@@ -42,7 +42,9 @@ def test_detectors_see_nothing_where_there_is_nothing() -> None:
 
 
 def test_detectors_do_not_depend_on_size_in_pixels() -> None:
-    scene = shapes.compose_scene(np.random.default_rng(3), shape="heart", colour="blue", motion="left", camera="zoom in")
+    scene = shapes.compose_scene(
+        np.random.default_rng(3), shape="heart", colour="blue", motion="left", camera="zoom in"
+    )
     seen = detect.detect(shapes.render(scene, height_px=96, width_px=128))
     assert (seen["shape"], seen["colour"], seen["motion"], seen["camera"]) == ("heart", "blue", "left", "zoom in")
 

@@ -217,7 +217,9 @@ def camera_motion(frames: np.ndarray, masks: np.ndarray) -> tuple[str, float, fl
     return ("zoom in" if zoom > 0 else "zoom out"), 0.0, float(zoom * whole)
 
 
-def _errors(image: np.ndarray, hidden: np.ndarray, pair: tuple[int, int], steps: np.ndarray, *, zooming: bool) -> np.ndarray:
+def _errors(
+    image: np.ndarray, hidden: np.ndarray, pair: tuple[int, int], steps: np.ndarray, *, zooming: bool
+) -> np.ndarray:
     """Mean squared difference of the background of two frames after each candidate movement."""
     first, second = pair
     height, width = image.shape[1:]
@@ -245,7 +247,11 @@ def _dilated(masks: np.ndarray, steps: int) -> np.ndarray:
     for _ in range(steps):
         padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
         masks = (
-            padded[:, 1:-1, 1:-1] | padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
+            padded[:, 1:-1, 1:-1]
+            | padded[:, :-2, 1:-1]
+            | padded[:, 2:, 1:-1]
+            | padded[:, 1:-1, :-2]
+            | padded[:, 1:-1, 2:]
         )
     return masks
 

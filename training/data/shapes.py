@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -175,8 +175,6 @@ def compose_scene(rng: np.random.Generator, **given: str) -> Scene:
 
 def _placed(scene: Scene, rng: np.random.Generator) -> Scene:
     """Move the group to a random place from which it never leaves the frame."""
-    from dataclasses import replace
-
     low, high = _screen_extent(scene)  # with centre (0, 0)
     times = np.linspace(0.0, 1.0, NUM_FRAMES)
     _, scale = camera_track(scene, times)
@@ -416,7 +414,11 @@ _CAMERA_WORDS = {
     "zoom in": ("the camera zooms in", "zoom in", "camera zooms in slowly"),
     "zoom out": ("the camera zooms out", "zoom out", "camera zooms out slowly"),
 }
-_PATTERN_WORDS = {"gradient": ("smooth", "gradient", "soft"), "dotted": ("dotted", "spotted"), "checkered": ("checkered",)}
+_PATTERN_WORDS = {
+    "gradient": ("smooth", "gradient", "soft"),
+    "dotted": ("dotted", "spotted"),
+    "checkered": ("checkered",),
+}
 
 
 def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
@@ -480,7 +482,8 @@ def caption(scene: Scene, rng: np.random.Generator, *, image: bool = False) -> s
 
 
 def _vocabulary() -> tuple[str, ...]:
-    words = set("a an one two on in over front of the background that , video short clip shows we see image picture".split())
+    words = {"a", "an", "one", "two", "on", "in", "over", "front", "of", "the", "background", "that", ","}
+    words |= {"video", "short", "clip", "shows", "we", "see", "image", "picture"}
     tables = [_SHAPE_WORDS, _SIZE_WORDS, _GREY, _COLOUR_WORDS, _VERBS, _DIRECTION_WORDS, _CAMERA_WORDS, _PATTERN_WORDS]
     phrases = [phrase for table in tables for row in table.values() for phrase in row]
     phrases += [phrase for rows in _OTHER_MOTIONS.values() for row in rows for phrase in row]
