@@ -382,6 +382,7 @@ def test_every_weight_learns():
     assert idle == []
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_forward_is_one_graph():
     torch._dynamo.reset()
     config = replace(TINY, num_double_blocks=1, num_single_blocks=1, num_refiner_blocks=1)

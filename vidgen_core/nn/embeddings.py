@@ -35,7 +35,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """The sinusoids are made in float32 and rounded once, to the dtype of the weights."""
-        return self.mlp(timestep_embedding(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        weight = self.mlp[0].weight
+        assert isinstance(weight, Tensor)
+        return self.mlp(timestep_embedding(t, self.frequencies).to(weight.dtype))
 
 
 class PatchEmbed(nn.Module):

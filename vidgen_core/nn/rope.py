@@ -31,8 +31,8 @@ def rope_table(
         device: where the tables live.
 
     Returns:
-        complex64 (L, 1, sum(axes) / 2) with L = prod(grid) + num_plain, ready to broadcast over heads: the unit
-        number that turns each channel pair.
+        float32 (L, 1, sum(axes) / 2, 2) with L = prod(grid) + num_plain, ready to broadcast over heads: the cosine
+        and sine of each channel pair's angle.
     """
     # A table first made while sampling must also serve training, which inference tensors cannot.
     with torch.inference_mode(False), torch.no_grad():
@@ -46,12 +46,17 @@ def rope_table(
             angles.append(torch.outer(positions, frequencies).view(shape).expand(*grid, -1))
         angle = torch.cat(angles, dim=-1).flatten(0, 2)
         angle = torch.cat([angle, angle.new_zeros(num_plain, angle.shape[1])])
-        return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1).unsqueeze(1)
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the channel pairs of ``x`` (B, L, heads, d); float32 inside, the dtype of ``x`` outside."""
-    # One complex product reads and writes every number once; written with cosines and sines it is 5 to 10 times
-    # slower on a CPU, forward and backward.
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # The compiler fuses this form and cannot fuse complex numbers.
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        # A complex product reads and writes every number once: 10 times faster than the form above on a CPU.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)

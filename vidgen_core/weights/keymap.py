@@ -59,7 +59,7 @@ class _Place:
 class _Side:
     """Finds the row of a name in one of the two layouts."""
 
-    def __init__(self, patterns: Iterable[tuple[str, Row, int]]) -> None:
+    def __init__(self, patterns: Sequence[tuple[str, Row, int]]) -> None:
         self._patterns = [(_compile(pattern), row, part) for pattern, row, part in patterns]
         self.names = [pattern for pattern, _, _ in patterns]
 

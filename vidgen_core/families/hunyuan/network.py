@@ -307,6 +307,7 @@ class HunyuanVideoTransformer(nn.Module):
             SettingsError: a shape that does not fit, or guidance missing where it is needed.
         """
         self._check_inputs(x, timestep, context, pooled)
+        assert pooled is not None
         dtype = self.img_in.proj.weight.dtype
         grid = self._grid(x)
         time, frame_times = self._times(timestep, x.shape[2])
@@ -429,11 +430,11 @@ class HunyuanVideoTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
-                nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm | nn.LayerNorm):
                 nn.init.ones_(module.weight)
-                if isinstance(module, nn.LayerNorm):
-                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
