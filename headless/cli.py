@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import Cancelled, SettingsError, UserError
+from .stop import Stop
 
 EXIT_ERROR = 1
 EXIT_STOPPED = 130  # as the shell says of a command that ctrl-C ended
@@ -19,14 +21,18 @@ EXIT_STOPPED = 130  # as the shell says of a command that ctrl-C ended
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0, 1 for bad input, 2 for a bad command line, 130 when stopped."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    stop = Stop()
+    # Before anything else is imported: an interrupt in the middle of an import may be lost.
+    listening = stop.listening() if argv[:1] in (["generate"], ["render"]) else contextlib.nullcontext()
     try:
-        if argv[:1] == ["train"]:  # it has a command line of its own
-            from ..training.cli import main as train
+        with listening:
+            if argv[:1] == ["train"]:  # it has a command line of its own
+                from ..training.cli import main as train
 
-            return train(argv[1:])
-        arguments = _parser().parse_args(argv)
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+                return train(argv[1:])
+            arguments = _parser().parse_args(argv, argparse.Namespace(stop=stop))
+            command: Callable[[argparse.Namespace], int] = arguments.command
+            return command(arguments)
     except UserError as error:
         sys.stderr.write(f"vidgen: {error}\n")
         return EXIT_ERROR
@@ -135,33 +141,30 @@ def _render(arguments: argparse.Namespace) -> int:
 
 def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str, Any]]) -> int:
     """Make the prompt, run it, and say where the videos are (standard output) or why there are none."""
+    from .. import NODE_CLASS_MAPPINGS
     from .executor import NodeError
-    from .render import Stop, Stopped, render
+    from .render import Stopped, render
 
-    stop = Stop()
-    with stop.listening():
-        try:
-            from .. import NODE_CLASS_MAPPINGS
-
-            saved = render(
-                prompt_of(arguments, NODE_CLASS_MAPPINGS),
-                NODE_CLASS_MAPPINGS,
-                output=arguments.output,
-                stop=stop,
-                device=arguments.device,
-                folders=model_folders(arguments.models),
-                quiet=arguments.quiet,
-            )
-        except Stopped as stopped:
-            kept = ", ".join(map(str, stopped.kept))
-            advice = f"the same command goes on from {kept}" if kept else "nothing was begun that could be kept"
-            sys.stderr.write(f"vidgen: stopped; {advice}\n")
-            return EXIT_STOPPED
-        except NodeError as error:
-            if not isinstance(error.__cause__, UserError):
-                raise
-            sys.stderr.write(f"vidgen: {error}\n")
-            return EXIT_ERROR
+    try:
+        saved = render(
+            prompt_of(arguments, NODE_CLASS_MAPPINGS),
+            NODE_CLASS_MAPPINGS,
+            output=arguments.output,
+            stop=arguments.stop,
+            device=arguments.device,
+            folders=model_folders(arguments.models),
+            quiet=arguments.quiet,
+        )
+    except Stopped as stopped:
+        kept = ", ".join(map(str, stopped.kept))
+        advice = f"the same command goes on from {kept}" if kept else "nothing was begun that could be kept"
+        sys.stderr.write(f"vidgen: stopped; {advice}\n")
+        return EXIT_STOPPED
+    except NodeError as error:
+        if not isinstance(error.__cause__, UserError):
+            raise
+        sys.stderr.write(f"vidgen: {error}\n")
+        return EXIT_ERROR
     for path in saved:
         sys.stdout.write(f"{path}\n")
     return 0

@@ -104,16 +104,21 @@ def input_specs(cls: type) -> Iterator[tuple[str, Any, Mapping[str, Any], bool]]
 # --- checking -------------------------------------------------------------------------------------------------------
 
 
+def check_shape(prompt: object) -> None:
+    """Raise PromptError unless ``prompt`` is a table of nodes."""
+    if isinstance(prompt, Mapping) and "nodes" in prompt and "links" in prompt:
+        raise PromptError({}, {}, kind="invalid_prompt", what="This is a workflow in UI format; use Export (API)")
+    if not isinstance(prompt, Mapping) or not all(isinstance(node, Mapping) for node in prompt.values()):
+        raise PromptError({}, {}, kind="invalid_prompt", what="This is not a workflow in API format")
+
+
 def check(prompt: Prompt, classes: Classes) -> list[str]:
     """Ids of the output nodes, after checking every node they need.
 
     Raises:
         PromptError: unknown node, missing input, wrong type or value, a cycle, or no output node.
     """
-    if not isinstance(prompt, Mapping) or not all(isinstance(node, Mapping) for node in prompt.values()):
-        raise PromptError({}, {}, kind="invalid_prompt", what="This is not a workflow in API format")
-    if "nodes" in prompt and "links" in prompt:
-        raise PromptError({}, {}, kind="invalid_prompt", what="This is a workflow in UI format; use Export (API)")
+    check_shape(prompt)
     unknown = {
         node_id: [Problem(kind="missing_node_type", message=f"the node type {node.get('class_type')!r} is not known")]
         for node_id, node in prompt.items()

@@ -7,17 +7,16 @@ import copy
 import difflib
 import hashlib
 import json
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import Cancelled, FileError, SettingsError
-from .executor import Event, Prompt, as_link, check, describe, execute, input_specs
+from .executor import Event, Prompt, as_link, check, check_shape, describe, execute, input_specs
 from .graph import to_ui
 from .progress import ProgressBar
+from .stop import Stop
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 MEDIA = frozenset({".mp4", ".m4v", ".mov"})
@@ -28,7 +27,8 @@ def load_prompt(path: Path) -> dict[str, dict[str, Any]]:
 
     Raises:
         FileError: missing, unreadable, or not JSON.
-        SettingsError: JSON, but no prompt; or a video without one.
+        PromptError: JSON, but not a workflow in API format.
+        SettingsError: a video without a workflow.
     """
     if path.suffix.lower() in MEDIA:
         from ..vidgen_core.media import read_metadata
@@ -49,8 +49,7 @@ def load_prompt(path: Path) -> dict[str, dict[str, Any]]:
         prompt = json.loads(text)
     except json.JSONDecodeError as error:
         raise FileError(f"The workflow is not valid JSON ({error})", given=path, do="export it again") from error
-    if not isinstance(prompt, dict):
-        raise SettingsError("This is not a workflow in API format", given=path, do="use Export (API) in ComfyUI")
+    check_shape(prompt)
     return prompt
 
 
@@ -127,39 +126,6 @@ class Stopped(Cancelled):
         super().__init__("stopped by the user")
 
 
-class Stop:
-    """Ctrl-C and SIGTERM: the first asks the run to stop at its next look, the second stops at once.
-
-    A handler and not KeyboardInterrupt: an exception out of nowhere could fall between two lines that belong together.
-    """
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        # Python delivers signals to the main thread only, and lets no other one ask for them.
-        in_main = threading.current_thread() is threading.main_thread()
-        signals = [signal.SIGINT, signal.SIGTERM] if in_main else []
-        before = {number: signal.signal(number, self._ask) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.event.is_set():
-            raise KeyboardInterrupt
-        self.event.set()
-        sys.stderr.write("\nstopping; once more to stop at once\n")
-
-    def check(self) -> None:
-        """Raise Cancelled if someone asked."""
-        if self.event.is_set():
-            raise Cancelled("stopped by the user")
-
-
 def check_device(name: str | None) -> str | None:
     """``name`` if torch has such a device here; SettingsError with those that it has."""
     if name is None:
@@ -187,7 +153,7 @@ def render(
 
     Args:
         output: the file of the first video, or a folder for all of them; None is the folder ``output``.
-        stop: asked between steps.
+        stop: listening already; asked between nodes and, through the host, within them.
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
 

@@ -140,8 +140,9 @@ class LocalNodeHost(LocalHost):
     """the videos that were saved, in order"""
 
     def names(self, kind: str) -> list[str]:
-        found = [path for root in self.folders for path in (root / FOLDERS[kind]).glob("**/*.safetensors")]
-        return bundled_names(kind) + sorted(path.name for path in found)
+        places = [root / FOLDERS[kind] for root in self.folders]
+        found = {path.relative_to(place).as_posix() for place in places for path in place.glob("**/*.safetensors")}
+        return bundled_names(kind) + sorted(found)
 
     def model_folders(self) -> dict[str, Path]:
         own = {path.parent.name: path.parent for root in self.folders for path in root.glob("*/*.safetensors")}

@@ -107,7 +107,7 @@ def render(folder: Path, bundle: Path, *settings: str) -> list[str]:
         ("4.num_frames=0", ["Node 4", "num_frames", "below the minimum of 1"]),
         ("4.num_frames=18", ["Node 4", "18 frames", "use 17 frames"]),
         ("4.width=-64", ["Node 4", "width", "below the minimum"]),
-        ("4.width=24", ["width", "multiple of 16"]),
+        ("4.width=24", ["width", "multiples of 16"]),
         ("5.seed=many", ["Node 5", "seed", "cannot be read as INT"]),
         ("5.sampler=magic", ["Node 5", "sampler", "magic"]),
         ('5.latent=["99", 0]', ["Node 5", "latent", "does not exist"]),

@@ -287,6 +287,14 @@ def test_own_folders_are_listed(tiny_bundle_dir: Path) -> None:
         assert LoadAll.VALIDATE_INPUTS(tiny_bundle_dir.name) is True
 
 
+def test_models_are_listed_as_comfyui_lays_them_out(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae" / "small").mkdir(parents=True)
+    (tmp_path / "vae" / "small" / "a.safetensors").symlink_to(tiny_bundle_dir / "vae.safetensors")
+    host = hosts.LocalNodeHost(folders=[tmp_path])
+    assert host.names("codec")[-1] == "small/a.safetensors"
+    assert host.find("codec", "small/a.safetensors") == tmp_path / "vae" / "small" / "a.safetensors"
+
+
 def test_every_bundled_file_is_in_a_list() -> None:
     """In the one list of its part, told by its header."""
     listed = [name for kind in ("network", "codec", "text") for name in hosts.bundled_names(kind)]
