@@ -156,18 +156,21 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
             quiet=arguments.quiet,
         )
     except Stopped as stopped:
-        kept = ", ".join(map(str, stopped.kept))
-        advice = f"the same command goes on from {kept}" if kept else "nothing was begun that could be kept"
+        advice = _going_on(stopped.kept) or "nothing was begun that could be kept"
         sys.stderr.write(f"vidgen: stopped; {advice}\n")
         return EXIT_STOPPED
     except NodeError as error:
         if not isinstance(error.__cause__, UserError):
             raise
-        sys.stderr.write(f"vidgen: {error}\n")
+        sys.stderr.write(f"vidgen: {error}\n" + (f"Then {_going_on(error.kept)}.\n" if error.kept else ""))
         return EXIT_ERROR
     for path in saved:
         sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _going_on(kept: Sequence[Path]) -> str:
+    return f"the same command goes on from {', '.join(map(str, kept))}" if kept else ""
 
 
 def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ..vidgen_core.errors import Cancelled, UserError
@@ -63,9 +64,10 @@ class PromptError(UserError):
 
 
 class NodeError(Exception):
-    """A node raised: ``__cause__`` is what, ``node_id`` where."""
+    """A node raised: ``__cause__`` is what, ``node_id`` where; ``kept`` are files from which the run can go on."""
 
     def __init__(self, prompt: Prompt, node_id: str, cause: Exception) -> None:
+        self.kept: list[Path] = []
         self.node_id, self.class_type = node_id, prompt[node_id]["class_type"]
         super().__init__(f"{describe(prompt, node_id)}: {cause}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import Cancelled, FileError, SettingsError
-from .executor import Event, Prompt, as_link, check, check_shape, describe, execute, input_specs
+from .executor import Event, NodeError, Prompt, as_link, check, check_shape, describe, execute, input_specs
 from .graph import to_ui
 from .progress import ProgressBar
 from .stop import Stop
@@ -185,6 +185,9 @@ def render(
             execute(prompt, classes, extra_pnginfo=workflow, on_event=between_nodes)
     except (Cancelled, KeyboardInterrupt) as stopped:
         raise Stopped(host.unfinished_runs()) from stopped
+    except NodeError as error:
+        error.kept = host.unfinished_runs()
+        raise
     finally:
         bar.close()
     for path in host.unfinished_runs():

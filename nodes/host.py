@@ -184,9 +184,10 @@ class LocalNodeHost(LocalHost):
         return folder / f"{stem}.{self.run_id}-{node_id}.unfinished"
 
     def unfinished_runs(self) -> list[Path]:
-        """The kept runs of this output, of this command or an earlier one."""
+        """The kept runs: all for ``output_file``, also an earlier command's; only this command's in a shared folder."""
         folder, stem = self._run_place()
-        return sorted(path for path in folder.glob("*.unfinished") if path.name.startswith(f"{stem}."))
+        begin = f"{stem}." if self.output_file is not None else f"{stem}.{self.run_id}-"
+        return sorted(path for path in folder.glob("*.unfinished") if path.name.startswith(begin))
 
     def _run_place(self) -> tuple[Path, str]:
         if self.output_file is not None:
