@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,41 +35,28 @@ CONFIGS = {
 }
 
 
-def reference(config: CodecConfig) -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    levels = len(config.block_channels)
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        latent_channels=config.latent_channels,
-        down_block_types=("HunyuanVideoDownBlock3D",) * levels,
-        up_block_types=("HunyuanVideoUpBlock3D",) * levels,
-        block_out_channels=config.block_channels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.num_groups,
-        spatial_compression_ratio=config.spatial_compression,
-        temporal_compression_ratio=config.temporal_compression,
-        mid_block_add_attention=config.mid_attention,
-    )
-    vae.use_framewise_encoding = vae.use_framewise_decoding = False  # it would cut 17 frames in two otherwise
-    return vae
-
-
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[CausalVAE, nn.Module]:
-    torch.manual_seed(0)
-    theirs = reference(CONFIGS[name]).to(dtype)
-    ours = CausalVAE(CONFIGS[name]).to(dtype)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
+Pair = Callable[..., tuple[CausalVAE, nn.Module]]
+
+
+@pytest.fixture
+def pair(vae_twin: Callable[[CausalVAE], nn.Module]) -> Pair:
+    """Ours and diffusers' with the same random weights."""
+
+    def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[CausalVAE, nn.Module]:
+        torch.manual_seed(0)
+        ours = CausalVAE(CONFIGS[name]).to(dtype)
+        return ours, vae_twin(ours)
+
+    return build
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 17])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_diffusers(name: str, num_frames: int) -> None:
+def test_equals_diffusers(pair: Pair, name: str, num_frames: int) -> None:
     ours, theirs = pair(name)
     video = torch.rand(2, 3, num_frames, 16, 24, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
@@ -79,7 +67,7 @@ def test_equals_diffusers(name: str, num_frames: int) -> None:
         assert relative_error(ours.decode(mean), theirs.decode(mean).sample) <= SAME_ARITHMETIC
 
 
-def test_gradients_equal_diffusers() -> None:
+def test_gradients_equal_diffusers(pair: Pair) -> None:
     ours, theirs = pair("four levels")
     video = torch.rand(1, 3, 5, 16, 16, dtype=torch.float64) * 2 - 1
     for vae, decode in ((ours, ours.decode), (theirs, lambda z: theirs.decode(z).sample)):
@@ -90,7 +78,7 @@ def test_gradients_equal_diffusers() -> None:
         assert torch.allclose(parameter.grad, expected[key].grad, rtol=1e-8, atol=1e-14), key
 
 
-def test_rounds_no_worse_than_diffusers() -> None:
+def test_rounds_no_worse_than_diffusers(pair: Pair) -> None:
     """In fp32 both are a few 1e-6 away from float64 (random weights amplify rounding), neither more than the other."""
     ours, theirs = pair("four levels", torch.float32)
     z = torch.randn(1, 4, 3, 4, 4)
