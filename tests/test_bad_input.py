@@ -237,7 +237,8 @@ def test_the_disk_is_full(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     out.write_bytes(b"the old video")
     code = (
         "import resource, sys\nfrom vidgen.headless.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\nresource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *generate(tiny_bundle_dir, out, "-q", "--crf=0")]

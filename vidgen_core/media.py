@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -200,8 +200,15 @@ def _encode(
 @contextmanager
 def _running(command: list[str], errors: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """A child process and its standard input; ctrl-C in the terminal does not reach it, we end it on the way out."""
-    own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, **own_group)
+    # A session of its own, or on Windows a process group (CREATE_NEW_PROCESS_GROUP).
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        start_new_session=os.name == "posix",
+        creationflags=0 if os.name == "posix" else 0x200,
+    )
     assert process.stdin is not None
     try:
         yield process, process.stdin
