@@ -224,12 +224,15 @@ def _sample(
     state = None if run is None else run.load()
     to_rgb = preview or model.preview
 
+    def show(latents_rgb: LatentRGB, x0: Tensor) -> None:
+        host.preview(lambda: latents_rgb.frames(x0))
+
     def on_step(info: StepInfo) -> None:
         if run is not None:
             run.keep(info.state)
         host.progress("sample", info.step, info.num_steps)
         if to_rgb is not None:
-            host.preview(lambda: to_rgb.frames(info.x0))
+            show(to_rgb, info.x0)
         host.check_cancelled()
 
     assert settings.sampler is not None
@@ -240,9 +243,7 @@ def _sample(
         host.progress("sample", 0 if state is None else state.step, len(ts) - 1)
         denoise = _denoise(model, positive, negative, settings, shape[0])
         x = _start(model, noise, shape, ts, start, settings)
-        return sample(
-            settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step
-        )
+        return sample(settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step)
 
 
 def _start(
@@ -295,7 +296,7 @@ def _guided(model: VideoModel, positive: Conditioning, negative: Conditioning | 
     assert settings.cfg is not None
     scale = cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
     if settings.cfg_batched:
-        cond, uncond = denoiser_pair(model, positive, negative, both_at=lambda t: scale(t) != 1.0)
+        cond, uncond = denoiser_pair(model, positive, negative, both_at=lambda t: bool(scale(t) != 1.0))
     else:
         cond, uncond = denoiser(model, positive), denoiser(model, negative)
     return cfg(cond, uncond, scale, rescale=settings.cfg_rescale, diffusion=model.diffusion)
@@ -402,9 +403,7 @@ def generate(
 # --- around the steps -------------------------------------------------------------------------------------------------
 
 
-def _run_file(
-    model: VideoModel, shape: Sequence[int], settings: Sampling, known: Mapping[str, Any]
-) -> RunFile | None:
+def _run_file(model: VideoModel, shape: Sequence[int], settings: Sampling, known: Mapping[str, Any]) -> RunFile | None:
     """The file of an interrupted run; None when none is wanted. ``known`` is what the result depends on besides."""
     if settings.resume_path is None:
         return None

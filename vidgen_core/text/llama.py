@@ -67,11 +67,11 @@ def build_llama(dims: LlamaDims) -> nn.Module:
         )
     )
     rotary = Rotary(dims.hidden_size // dims.num_heads, dims.rope_theta)
-    model.rotary_emb = rotary
-    for layer in model.layers:  # transformers before 4.48 also kept one, unused, in every layer
-        if hasattr(layer.self_attn, "rotary_emb"):
-            layer.self_attn.rotary_emb = rotary
-    model.norm = nn.Identity()  # the states are wanted as they leave the last block
+    model.set_submodule("rotary_emb", rotary)
+    for name, _ in list(model.named_modules()):  # transformers before 4.48 also kept one, unused, in every layer
+        if name.endswith(".rotary_emb"):
+            model.set_submodule(name, rotary)
+    model.set_submodule("norm", nn.Identity())  # the states are wanted as they leave the last block
     return model.eval()
 
 

@@ -80,7 +80,7 @@ class TextStack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.llama.embed_tokens.weight.device
+        return next(self.llama.parameters()).device
 
     def metadata(self) -> dict[str, str]:
         """The tokenizers as entries for the metadata of a safetensors file."""
