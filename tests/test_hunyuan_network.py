@@ -73,38 +73,16 @@ def relative(a: Tensor, b: Tensor) -> float:
 # Against diffusers
 
 
-def diffusers_twin(network: HunyuanVideoTransformer) -> nn.Module:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    config = network.config
-    twin = HunyuanVideoTransformer3DModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        num_layers=config.num_double_blocks,
-        num_single_layers=config.num_single_blocks,
-        num_refiner_layers=config.num_refiner_blocks,
-        guidance_embeds=config.guidance_embed,
-        text_embed_dim=config.text_width,
-        pooled_projection_dim=config.pooled_width,
-        rope_axes_dim=config.rope_axes,
-        image_condition_type=None if config.image_condition == "none" else config.image_condition,
-    )
-    twin.load_state_dict(LAYOUTS["diffusers"].to_foreign(network.state_dict()))
-    return twin.eval()
-
-
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize("image_condition", ["none", "token_replace", "latent_concat"])
-def test_equals_diffusers_with_the_same_weights(image_condition, guidance):
+def test_equals_diffusers_with_the_same_weights(network_twin, image_condition, guidance):
     channels = 9 if image_condition == "latent_concat" else 4
     config = replace(TINY, image_condition=image_condition, in_channels=channels, guidance_embed=guidance)
     network = build(config)
     given = inputs(config)
     with torch.no_grad():
         ours = network(**given)
-        theirs = diffusers_twin(network)(
+        theirs = network_twin(network)(
             given["x"],
             given["timestep"],
             given["context"],
@@ -117,12 +95,12 @@ def test_equals_diffusers_with_the_same_weights(image_condition, guidance):
     assert relative(ours, theirs) <= PARITY
 
 
-def test_one_frame_equals_diffusers():
+def test_one_frame_equals_diffusers(network_twin):
     network = build(TINY)
     given = inputs(TINY, frames=1)
     with torch.no_grad():
         ours = network(**given)
-        theirs = diffusers_twin(network)(
+        theirs = network_twin(network)(
             given["x"],
             given["timestep"],
             given["context"],

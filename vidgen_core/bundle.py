@@ -33,9 +33,7 @@ class Bundle:
     @property
     def default_shape(self) -> VideoShape:
         defaults = self.model.defaults
-        return VideoShape(
-            num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px
-        )
+        return VideoShape(num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px)
 
     def info(self) -> dict[str, Any]:
         """part -> what ``inspect_file`` says of its file."""

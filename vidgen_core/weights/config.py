@@ -46,9 +46,7 @@ def config_from_dict(cls: type[C], values: object, *, where: str, error: type[Us
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise error(f"{cls.__name__} needs {name!r}", given=where, do=f"add {name!r}")
-    parsed = {
-        key: _convert(hints[key], value, f"{cls.__name__}.{key}", where, error) for key, value in values.items()
-    }
+    parsed = {key: _convert(hints[key], value, f"{cls.__name__}.{key}", where, error) for key, value in values.items()}
     return cls(**parsed)
 
 
