@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.training import checkpoint, cli
+from vidgen.training.discriminator import adversarial_losses
 from vidgen.training.loop import MAX_BAD_STEPS, Draw, Loop, Objective, mix
 from vidgen.training.optim import NEWTON_SCHULZ, Average, Muon, build_optimizers, learning_rate_factor, orthogonalise
 from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, read_recipe
+from vidgen.training.team import ALONE, Team, spread
 from vidgen.training.vae import VaeRecipe
-from vidgen.vidgen_core.errors import CheckpointError, FileError, NumericsError, RecipeError
+from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, NumericsError, RecipeError
 
 RECIPES = Path(cli.__file__).parent / "recipes"
 
@@ -54,9 +58,10 @@ class Toy(Objective):
         loss = (self.net(x) - y).square().mean()
         return {"loss": loss, "half": loss.detach() / 2}
 
-    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
-        return {"error": float((self.net(x) - x @ self.truth).square().mean().detach())}
+    def evaluate(self, folder: Path, step: int, team: Team = ALONE) -> dict[str, float]:
+        x = torch.randn(65, 6, generator=torch.Generator().manual_seed(1))
+        errors = [(self.net(row) - row @ self.truth).square().mean() for row in team.share(x)]
+        return {"error": float(torch.stack(team.gather(errors)).mean().detach())}
 
     def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
         self.summary = dict(summary)
@@ -66,6 +71,36 @@ class WithoutDropout(Toy):
     def __init__(self) -> None:
         super().__init__()
         self.net[2] = nn.Identity()
+
+
+class WithCritic(WithoutDropout):
+    """A critic joins in after a quarter of the run; until then it gets no gradient."""
+
+    metrics = ("generator", "discriminator")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+        self.on = False
+
+    def helpers(self) -> dict[str, OptimizerSettings]:
+        return {"critic": OptimizerSettings(lr=5e-3, clip_norm=0.1)}
+
+    def batch(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        self.on = draw.position >= 0.25
+        return super().batch(draw)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        x, y = batch
+        out = self.net(x)
+        loss = (out - y).square().mean()
+        if not self.on:
+            return {"loss": loss}
+        parts = adversarial_losses(self.critic, out, y)
+        return {"loss": loss + 0.1 * parts["generator"] + parts["discriminator"], **parts}
+
+
+KINDS = {"adamw": ("adamw", Toy), "muon": ("muon", Toy), "critic": ("muon", WithCritic)}
 
 
 def make_loop(
@@ -92,12 +127,14 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_resumed_run_equals_uninterrupted_run_to_the_bit(tmp_path, kind):
-    whole = make_loop(tmp_path, "whole", kind=kind)
+    """The second part of the run with a critic begins before the critic does."""
+    optimizer, objective = KINDS[kind]
+    whole = make_loop(tmp_path, "whole", kind=optimizer, objective=objective())
     whole.train()
-    for num_steps in (5, 4, None):
-        parts = make_loop(tmp_path, "parts", kind=kind)
+    for num_steps in (2, 3, 4, None):
+        parts = make_loop(tmp_path, "parts", kind=optimizer, objective=objective())
         parts.train(stop_after=num_steps)
     assert parts.progress.step == 12
     assert_same(weights(whole), weights(parts))
@@ -165,19 +202,86 @@ def test_steps_that_are_not_finite_are_left_out(tmp_path):
         diverged.train()
 
 
+def test_a_helper_learns_on_its_own_and_leaves_no_trace_in_the_average(tmp_path):
+    alone, joined = (make_loop(tmp_path, kind.__name__, objective=kind()) for kind in (WithoutDropout, WithCritic))
+    before = weights(joined)
+    for loop in (alone, joined):
+        loop.train(stop_after=3)
+    # Until it begins, after 3 of 12 steps, the model does not notice it and it does not move.
+    for name, value in weights(joined).items():
+        assert torch.equal(value, before[name] if name.startswith("critic") else weights(alone)[name]), name
+    joined.train(stop_after=3)
+    # The bias of the critic's score has no gradient while no score is beyond the hinge.
+    assert all(not torch.equal(value, before[name]) for name, value in weights(joined).items() if value.ndim > 1)
+    assert not any(name.startswith("critic") for name in joined.average.values)
+    rows = list(csv.DictReader((tmp_path / "WithCritic" / "loss.csv").open()))
+    assert [bool(row["discriminator"]) for row in rows] == [False, True, True]
+
+
+def test_a_new_start_forgets_the_old_run(tmp_path):
+    make_loop(tmp_path).train()
+    again = make_loop(tmp_path)
+    again.train(resume=False, stop_after=4)
+    assert [path.name for path in checkpoint.complete(tmp_path / "toy" / "checkpoints")] == ["step-00000004"]
+    rows = list(csv.DictReader((tmp_path / "toy" / "loss.csv").open()))
+    assert [row["step"] for row in rows] == ["2", "4"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    make_loop(tmp_path).train(stop_after=1)
+    with pytest.raises(CheckpointError, match="another name"):
+        make_loop(tmp_path, objective=WithCritic()).train()
+
+
+def test_tensorboard_gets_what_the_tables_get(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunSettings(name="board", folder=str(tmp_path), log_steps=2, evaluate_steps=6, tensorboard=True)
+    Loop(Toy(), run=run, optimizer=OptimizerSettings(batch_size=8), schedule=ScheduleSettings(steps=6)).train()
+    events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
+    rows = list(csv.DictReader((tmp_path / "board" / "loss.csv").open()))
+    for name in ("loss", "half", "lr", "grad_norm"):
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        assert points == [(int(row["step"]), pytest.approx(float(row[name]), rel=1e-5)) for row in rows]
+    assert [event.step for event in events.Scalars("evaluation/error")] == [6, 6]
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = RunSettings(name="board", folder=str(tmp_path), tensorboard=True)
+    with pytest.raises(MissingLibraryError, match="tensorboard"):
+        Loop(Toy(), run=run, optimizer=OptimizerSettings(batch_size=8), schedule=ScheduleSettings(steps=1))
+
+
 # ---- processes -----------------------------------------------------------------------------------------------
 
 _TWO = """
 import sys
 from pathlib import Path
+import torch
 from vidgen.training import cli
+from vidgen.training.optim import orthogonalise
 sys.path.insert(0, {tests!r})
-from {module} import WithoutDropout, make_loop
+from {module} import KINDS, WithCritic, WithoutDropout, make_loop
 
 def work(rank, port, folder):
     cli._join_group(rank, 2, port)
-    loop = make_loop(Path(folder), "two", objective=WithoutDropout())
-    loop.train()
+    for name, (kind, objective) in KINDS.items():
+        objective = WithCritic if objective is WithCritic else WithoutDropout
+        loop = make_loop(Path(folder), "two-" + name, kind=kind, objective=objective())
+        loop.train()
+    team = loop.team
+    assert (team.rank, team.world) == (rank, 2)
+    assert team.gather(team.share(range(7))) == list(range(7))
+    matrices = [torch.randn(3 + i, 9 - i, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    calls = []
+    def remembered(x):
+        calls.append(x)
+        return orthogonalise(x)
+    together = team.map_tensors(remembered, matrices, [1.0] * 5)
+    assert all(torch.equal(x, orthogonalise(m)) for x, m in zip(together, matrices))
+    assert len(calls) == (3, 2)[rank]
     cli._leave_group()
 
 if __name__ == "__main__":
@@ -193,20 +297,31 @@ if __name__ == "__main__":
 
 
 def test_two_processes_equal_one_with_the_same_batch(tmp_path):
-    import subprocess
-    import sys
+    """With AdamW, with Muon's work divided, and with a critic that begins late; and evaluation is divided too."""
 
-    one = make_loop(tmp_path, "one", objective=WithoutDropout())
-    one.train()
     script = tmp_path / "two.py"
     here = Path(__file__)
     script.write_text(_TWO.format(tests=str(here.parent), module=here.stem, folder=str(tmp_path)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
-    tensors, _ = checkpoint.load(checkpoint.complete(tmp_path / "two" / "checkpoints")[-1])
-    for name, value in weights(one).items():
-        # The halves of the batch are averaged in another order: a few float32 roundings, amplified by AdamW.
-        torch.testing.assert_close(tensors[f"weights.{name}"], value, rtol=0, atol=2e-6)
+    for name, (kind, objective) in KINDS.items():
+        objective = WithCritic if objective is WithCritic else WithoutDropout
+        one = make_loop(tmp_path, f"one-{name}", kind=kind, objective=objective())
+        one.train()
+        tensors, _ = checkpoint.load(checkpoint.complete(tmp_path / f"two-{name}" / "checkpoints")[-1])
+        for parameter, value in weights(one).items():
+            # The halves of the batch are averaged in another order: a few float32 roundings, amplified by AdamW.
+            torch.testing.assert_close(tensors[f"weights.{parameter}"], value, rtol=0, atol=2e-6)
+        figures = [list(csv.DictReader((tmp_path / f"{n}-{name}" / "evaluation.csv").open())) for n in ("one", "two")]
+        for a, b in zip(*figures, strict=True):
+            assert float(a["error"]) == pytest.approx(float(b["error"]), rel=1e-4)
+
+
+def test_work_is_spread_evenly():
+    owners = spread([5, 1, 1, 1, 4, 1, 1], 2)
+    assert sum(cost for cost, owner in zip([5, 1, 1, 1, 4, 1, 1], owners, strict=True) if owner == 0) == 7
+    assert spread([2.0, 1.0], 3) == [0, 1]
+    assert spread([], 2) == []
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
@@ -327,12 +442,13 @@ def test_learning_rate_warms_up_holds_and_comes_down():
 
 def test_bundled_recipes_are_valid():
     from vidgen.training.dit import DitRecipe
+    from vidgen.training.text_recipe import TextRecipe
 
-    kinds = {"vae": VaeRecipe, "dit": DitRecipe}
+    kinds = {"text": TextRecipe, "vae": VaeRecipe, "dit": DitRecipe}
+    assert set(kinds) == set(cli.STAGES)
     for path in RECIPES.glob("*.toml"):
         stage = path.stem.rsplit("_", 1)[-1]
-        if stage in kinds:
-            assert read_recipe(path, kinds[stage]).stage == stage
+        assert read_recipe(path, kinds[stage]).stage == stage
 
 
 def test_overrides_and_their_types():
@@ -352,6 +468,7 @@ def test_overrides_and_their_types():
         ("run.precision='fp8'", "fp32"),
         ("model.block_channels=4", "tuple"),
         ("lr", "table.key=value"),
+        ("stage.name=1", "no table"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(override, message):
@@ -372,6 +489,11 @@ def test_command_line_reports_errors_without_a_traceback(tmp_path, capsys):
     assert "recipe is not there" in capsys.readouterr().err
     (tmp_path / "bad.toml").write_text("stage = ")
     assert cli.main([str(tmp_path / "bad.toml")]) == 1
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert cli.main([str(tmp_path / "binary.toml")]) == 1
+    assert "not a text file" in capsys.readouterr().err
+    for override in ("run.processes=0", "run.processes=two", "run=3"):
+        assert cli.main([str(RECIPES / "tiny_hunyuan_vae.toml"), "--set", override]) == 1
     (tmp_path / "stage.toml").write_text("stage = 'cook'")
     assert cli.main([str(tmp_path / "stage.toml")]) == 1
     assert "vae" in capsys.readouterr().err

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vidgen.training.data import latents, pool
+from vidgen.training.discriminator import PatchDiscriminator, adversarial_losses
 from vidgen.training.dit import DitEvaluationSettings, DitObjective, DitRecipe
 from vidgen.training.loop import Draw, Loop
+from vidgen.training.perceptual import PerceptualDistance
 from vidgen.training.pictures import contact_sheet
 from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings
-from vidgen.training.vae import VaeLossSettings, VaeMixSettings, VaeObjective, VaeRecipe, detail_loss, psnr_db
+from vidgen.training.team import ALONE, Team
+from vidgen.training.vae import (
+    VaeAdversarialSettings,
+    VaeLossSettings,
+    VaeMixSettings,
+    VaeObjective,
+    VaeRecipe,
+    detail_loss,
+    psnr_db,
+)
 from vidgen.vidgen_core.codec import Codec
-from vidgen.vidgen_core.errors import RecipeError
+from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, RecipeError
 from vidgen.vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
-from vidgen.vidgen_core.model import load_codec, load_network
+from vidgen.vidgen_core.model import load_codec, load_network, open_part
 from vidgen.vidgen_core.types import Defaults
+from vidgen.vidgen_core.weights.header import read_header
 
 CODEC = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=2, latent_channels=4)
 NETWORK = NetworkConfig(
@@ -125,12 +141,11 @@ def test_vae_batches_follow_the_mix(tmp_path):
     # Binomial, n = 400, p = 0.2: standard deviation 0.02.
     assert start.count("image") / 400 == pytest.approx(0.2, abs=0.08)
     draws = [Draw(seed=0, step=s, batch_size=2, position=0.5) for s in range(20)]
-    assert {tuple(objective.batch(draw)[0].shape[2:]) for draw in draws} == {(5, 16, 16), (9, 32, 32), (1, 32, 32)}
-    video, noise = objective.batch(Draw(seed=0, step=0, batch_size=2))
-    again, _ = objective.batch(Draw(seed=0, step=0, batch_size=2))
-    assert torch.equal(video, again)
-    assert float(video.min()) >= -1
-    assert noise.shape[1] == CODEC.latent_channels
+    assert {tuple(objective.batch(draw).video.shape[2:]) for draw in draws} == {(5, 16, 16), (9, 32, 32), (1, 32, 32)}
+    batch, again = (objective.batch(Draw(seed=0, step=0, batch_size=2)) for _ in range(2))
+    assert torch.equal(batch.video, again.video)
+    assert float(batch.video.min()) >= -1
+    assert batch.noise.shape[1] == CODEC.latent_channels
 
 
 def test_vae_loss_is_its_definition(tmp_path):
@@ -139,13 +154,15 @@ def test_vae_loss_is_its_definition(tmp_path):
     batch = objective.batch(Draw(seed=0, step=1, batch_size=2))
     with torch.no_grad():
         parts = objective(batch)
-        mean, logvar = objective.vae.encode(batch[0])
-        out = objective.vae.decode(mean + logvar.mul(0.5).exp() * batch[1])
+        mean, logvar = objective.vae.encode(batch.video)
+        out = objective.vae.decode(mean + logvar.mul(0.5).exp() * batch.noise)
     posterior = torch.distributions.Normal(mean, logvar.mul(0.5).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
-    error = out - batch[0]
-    expected = error.abs().mean() + 0.25 * detail_loss(out, batch[0]) + 0.5 * error.square().mean() + 0.125 * kl
+    error = out - batch.video
+    expected = error.abs().mean() + 0.25 * detail_loss(out, batch.video) + 0.5 * error.square().mean() + 0.125 * kl
     torch.testing.assert_close(parts["loss"], expected)
+    assert objective.metrics == VaeObjective.metrics
+    assert not objective.helpers()
 
 
 def test_detail_loss_sees_edges_and_flicker_but_no_brightness():
@@ -159,6 +176,148 @@ def test_detail_loss_sees_edges_and_flicker_but_no_brightness():
     flicker[:, :, ::2] = 0.1
     assert float(detail_loss(video + flicker, video)) == pytest.approx(0.1 / 3, rel=1e-4)
     assert psnr_db(video + 0.02, video) == pytest.approx(40, abs=1e-3)
+
+
+def vgg_layout(widths: tuple[int, ...] = (2, 3, 4, 4, 5), seed: int = 0) -> torch.nn.Sequential:
+    """VGG16's ``features`` as published, but for the widths: 13 convolutions in 5 stages, all layers in place."""
+    layers: list[torch.nn.Module] = []
+    torch.manual_seed(seed)
+    inputs = 3
+    for width, depth in zip(widths, (2, 2, 3, 3, 3), strict=True):
+        for _ in range(depth):
+            layers += [torch.nn.Conv2d(inputs, width, 3, padding=1), torch.nn.ReLU()]
+            inputs = width
+        layers.append(torch.nn.MaxPool2d(2))
+    return torch.nn.Sequential(*layers)
+
+
+def save_vgg(path: Path, net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {f"features.{name}": t.detach() for name, t in net.state_dict().items()}
+    save_file({**tensors, "classifier.0.weight": torch.zeros(2, 2)}, path)
+    return tensors
+
+
+def test_perceptual_distance_is_its_definition(tmp_path):
+    net = vgg_layout()
+    save_vgg(tmp_path / "vgg.safetensors", net)
+    distance = PerceptualDistance(tmp_path / "vgg.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    out, video = (torch.rand(2, 3, 2, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = torch.zeros(())
+    for clip, target in zip(out, video, strict=True):
+        for t in range(2):
+            x, y = ((frame[:, t].permute(1, 2, 0) / 2 + 0.5 - mean) / std for frame in (clip, target))
+            x, y = x.permute(2, 0, 1)[None], y.permute(2, 0, 1)[None]
+            for index, layer in enumerate(net):
+                x, y = layer(x), layer(y)
+                if index in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+                    lengths = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+                    expected = expected + sum(next(lengths) * (1, -1)[i] for i in range(2)).square().sum(1).mean() / 4
+    # The epsilon under the root matters where hardly anything fires.
+    torch.testing.assert_close(distance(out, video), expected, rtol=1e-4, atol=1e-6)
+    assert float(distance(video, video)) == 0
+    assert distance(out[..., :4, :4], video[..., :4, :4]).isfinite(), "small crops use the first stages only"
+    out.requires_grad_(True)
+    video.requires_grad_(True)
+    distance(out, video).backward()
+    assert video.grad is None
+    assert float(out.grad.abs().sum()) > 0
+    assert not any(p.requires_grad for p in distance.parameters())
+
+
+def test_a_perceptual_network_that_cannot_be_is_refused(tmp_path):
+    path = tmp_path / "vgg.safetensors"
+    with pytest.raises(FileError, match="does not exist"):
+        PerceptualDistance(path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "vgg.pth")
+    with pytest.raises(CheckpointError, match="convert it to safetensors"):
+        PerceptualDistance(tmp_path / "vgg.pth")
+    tensors = save_vgg(path, vgg_layout())
+    save_file({name: t for name, t in tensors.items() if "28" not in name}, path)
+    with pytest.raises(CheckpointError, match=r"lacks 2 of 26 .*features\.28\.weight"):
+        PerceptualDistance(path)
+    for wrong in (torch.zeros(4, 2, 3, 3), torch.zeros(4, 3, 5, 5), torch.zeros(())):
+        save_file({**tensors, "features.10.weight": wrong}, path)
+        with pytest.raises(CheckpointError, match=r"features\.10"):
+            PerceptualDistance(path)
+    with pytest.raises(RecipeError, match="perceptual_network"):
+        VaeObjective(vae_recipe(tmp_path, loss=VaeLossSettings(perceptual=0.5)))
+
+
+def test_discriminator_judges_patches_of_videos_and_images():
+    judge = PatchDiscriminator(channels=4, num_levels=2)
+    assert judge(torch.zeros(2, 3, 9, 32, 16)).shape == (2, 1, 5, 8, 4)
+    assert judge(torch.zeros(1, 3, 1, 16, 16)).shape == (1, 1, 1, 4, 4)
+    one, two = torch.randn(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)).split(1)
+    # No sample sees its neighbours, so batches may be split over processes. Sums run in another order.
+    torch.testing.assert_close(judge(torch.cat([one, two])), torch.cat([judge(one), judge(two)]), rtol=1e-4, atol=1e-6)
+
+
+def test_adversarial_losses_are_the_hinge_and_keep_apart():
+    """With the mean of the video as its score everything is known by hand."""
+    judge = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        judge.weight.fill_(2.0)
+        judge.bias.fill_(0.0)
+    decoded, real = torch.tensor([[0.25], [-3.0]], requires_grad=True), torch.tensor([[0.1], [4.0]])
+    parts = adversarial_losses(judge, decoded, real)
+    # Scores: real 0.2 and 8, decoded 0.5 and -6. What is beyond the margin of 1 costs nothing.
+    assert float(parts["discriminator"].detach()) == pytest.approx(0.5 * (0.8 / 2 + 1.5 / 2))
+    assert float(parts["generator"].detach()) == pytest.approx(-(0.5 - 6) / 2)
+    (parts["generator"] + parts["discriminator"]).backward()
+    torch.testing.assert_close(decoded.grad, torch.full((2, 1), -1.0))  # -weight / 2, of the generator's term alone
+    # -0.1 / 2 of the real one within the margin, +0.25 / 2 of the decoded one, halved.
+    assert float(judge.weight.grad) == pytest.approx(0.5 * (-0.05 + 0.125))
+
+
+def test_discriminator_joins_in_after_its_start_and_resumes_to_the_bit(tmp_path):
+    """Before, the run is the one without it; after, both learn; the file has no trace of it."""
+    save_vgg(tmp_path / "vgg.safetensors", vgg_layout())
+    shared = {
+        "schedule": ScheduleSettings(steps=4, warmup_steps=0, shape="constant"),
+        "mix": VaeMixSettings(crop_frames=5, crop_px=16, image_share=0.0, clip_share=0.0, clip_share_end=0.0),
+        "loss": VaeLossSettings(perceptual=0.1, perceptual_network=str(tmp_path / "vgg.safetensors")),
+        "evaluation_clips": 0,
+    }
+    judged = {**shared, "adversarial": VaeAdversarialSettings(weight=0.5, start=0.5, channels=4, num_levels=2)}
+
+    def trained(name: str, changes: dict[str, object], *stops: int | None) -> Loop:
+        for stop in stops:
+            recipe = vae_recipe(tmp_path, run=RunSettings(name=name, folder=str(tmp_path), log_steps=1), **changes)
+            loop = run(VaeObjective(recipe))
+            loop.train(stop_after=stop)
+        return loop
+
+    plain, early = trained("plain", shared, 2), trained("judged", judged, 2)
+    fresh = VaeObjective(early.objective.recipe).discriminator.state_dict()
+    assert all(torch.equal(early.parameters[name], p) for name, p in plain.parameters.items())
+    assert all(torch.equal(fresh[name], p) for name, p in early.objective.discriminator.named_parameters())
+    parts, whole = trained("judged", judged, 1, None), trained("whole", judged, None)
+    assert all(torch.equal(whole.parameters[name], p) for name, p in parts.parameters.items())
+    assert all(torch.equal(whole.average.values[name], value) for name, value in parts.average.values.items())
+    later = trained("plain", shared, None)
+    assert any(not torch.equal(later.parameters[name], whole.parameters[name]) for name in later.parameters)
+    assert not torch.equal(fresh["score.weight"], whole.parameters["discriminator.score.weight"])
+    names = read_header(tmp_path / "whole" / "vae.safetensors").tensors
+    assert names.keys() == read_header(tmp_path / "plain" / "vae.safetensors").tensors.keys()
+    header, *rows = (tmp_path / "whole" / "loss.csv").read_text().splitlines()
+    assert header.endswith("psnr,perceptual,generator,discriminator")
+    assert [row.endswith(",,") for row in rows] == [True, True, False, False]
+
+
+def test_vae_starts_from_a_file(tmp_path, tiny_bundle_dir):
+    path = tiny_bundle_dir / "vae.safetensors"
+    config = open_part(path, "codec")[1].config
+    objective = VaeObjective(vae_recipe(tmp_path, init=str(path), model=replace(config, scaling_factor=1.0)))
+    for name, value in load_file(path).items():
+        assert torch.equal(objective.vae.state_dict()[name], value.float()), name
+    with pytest.raises(RecipeError, match=r"model\.latent_channels = 4"):
+        VaeObjective(vae_recipe(tmp_path, init=str(path)))
+    with pytest.raises(CheckpointError, match="not a"):
+        VaeObjective(vae_recipe(tmp_path, init=str(tiny_bundle_dir / "network.safetensors")))
+    with pytest.raises(FileError, match="does not exist"):
+        VaeObjective(vae_recipe(tmp_path, init=str(tmp_path / "no.safetensors")))
 
 
 # ---- diffusion transformer -------------------------------------------------------------------------------------
@@ -246,6 +405,73 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, tiny_bundle_dir):
         DitObjective(dit_recipe(tmp_path, tiny_bundle_dir, model=wide))
 
 
+def test_transformer_starts_from_a_file(tmp_path, tiny_bundle_dir):
+    path = tiny_bundle_dir / "network.safetensors"
+    objective = DitObjective(dit_recipe(tmp_path, tiny_bundle_dir, init=str(path)))
+    for name, value in load_file(path).items():
+        assert torch.equal(objective.network.state_dict()[name], value.float()), name
+    other = replace(NETWORK, num_single_blocks=2, rope_axes=(8, 4, 4))
+    with pytest.raises(RecipeError, match="num_single_blocks = 2, model.rope_axes"):
+        DitObjective(dit_recipe(tmp_path, tiny_bundle_dir, init=str(path), model=other))
+
+
+class Wire:
+    """A team whose processes run one after the other: what each would send is noted, and the answer is known."""
+
+    def __init__(self, team: Team, answers: list[list[Any]] | None = None) -> None:
+        self.share, self.leads = team.share, team.leads
+        self.sent: list[list[Any]] = []
+        self.answers = answers
+
+    def gather(self, results: list[Any]) -> list[Any]:
+        self.sent.append(results)
+        return results if self.answers is None else self.answers[len(self.sent) - 1]
+
+
+def test_evaluation_is_the_same_however_it_is_divided(dit, tmp_path, monkeypatch):
+    """Everybody's parts, in turns, are what one process finds alone. The losses come in pieces of 16 clips."""
+    evaluation = DitEvaluationSettings(num_losses=18, num_videos=2)
+    monkeypatch.setattr(dit, "recipe", replace(dit.recipe, evaluation=evaluation))
+    whole = Wire(ALONE)
+    figures = dit.evaluate(tmp_path, 0, whole)
+    parts = [Wire(Team(rank, 2), whole.sent) for rank in range(2)]
+    assert [dit.evaluate(tmp_path / str(part.leads), 0, part) for part in parts] == [figures, figures]
+    assert [path.name for path in tmp_path.glob("*/samples")] == ["samples"], "one process draws the pictures"
+    losses, judged = ([*chain(*zip_longest(*sent))] for sent in zip(*(part.sent for part in parts), strict=True))
+    assert len(whole.sent[0]) == len(whole.sent[1]) == len(judged) == 2
+    for one, other in zip(whole.sent[0], losses, strict=True):
+        assert torch.equal(one, other)
+    for (video, row), (other_video, other_row) in zip(whole.sent[1], judged, strict=True):
+        assert torch.equal(video, other_video)
+        assert row == other_row
+
+
+def test_compiled_network_learns_the_same(tmp_path, tiny_bundle_dir):
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        pytest.skip("needs a C++ compiler")
+    one_block = replace(NETWORK, num_double_blocks=0, num_single_blocks=1)
+    batches, grads = [], []
+    for compiled in (False, True):
+        objective = DitObjective(dit_recipe(tmp_path, tiny_bundle_dir, model=one_block, compile=compiled))
+        with torch.no_grad():
+            for parameter in objective.network.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        loss = objective(objective.batch(Draw(seed=0, step=0, batch_size=2)))["loss"]
+        loss.backward()
+        batches.append(loss.detach())
+        grads.append({name: p.grad for name, p in objective.named_parameters()})
+    torch.testing.assert_close(*batches)
+    # Fused kernels round in other places.
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiler_that_is_not_there_is_asked_for(tmp_path, tiny_bundle_dir, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingLibraryError, match="compile = false"):
+        DitObjective(dit_recipe(tmp_path, tiny_bundle_dir, compile=True))
+
+
 def test_hidden_matrices_are_those_of_the_blocks(dit):
     hidden = {name for name, p in dit.named_parameters() if p.ndim > 1 and dit.is_hidden(name)}
     assert "network.double_blocks.0.img_attn_qkv.weight" in hidden
@@ -264,4 +490,3 @@ def test_contact_sheet_shows_a_row_for_each_video(tmp_path):
     assert image.shape == (2 * 10, 3 * 10, 3)
     assert image[5, 5].tolist() == [0, 0, 0]
     assert image[15, 25].tolist() == [255, 255, 255]
-

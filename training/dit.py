@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vidgen_core.errors import RecipeError
+from ..vidgen_core.errors import MissingLibraryError, RecipeError
 from ..vidgen_core.families.hunyuan.codec import HunyuanCodec
 from ..vidgen_core.families.hunyuan.config import NetworkConfig
 from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
@@ -34,6 +36,8 @@ from .export import export_network
 from .loop import Draw, Objective, mix
 from .pictures import contact_sheet
 from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
+from .start import start_from
+from .team import ALONE, Team
 
 log = logging.getLogger("vidgen")
 
@@ -127,11 +131,11 @@ class DitObjective(Objective):
         self.network = HunyuanVideoTransformer(recipe.model)
         self.network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
         if recipe.init is not None:
-            from safetensors.torch import load_file
-
-            self.network.load_state_dict({name: t.float() for name, t in load_file(recipe.init).items()})
+            start_from(recipe.init, "network", self.network, recipe.model)
         self.model = VideoModel.of("hunyuan", recipe.model, self.network, defaults=recipe.defaults)
         self._check()
+        if recipe.compile:
+            _check_compiler()
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
         if recipe.compile:
             self.network.compile(dynamic=True)
@@ -213,15 +217,18 @@ class DitObjective(Objective):
 
     # ---- judging -------------------------------------------------------------------------------------------
 
-    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+    def evaluate(self, folder: Path, step: int, team: Team = ALONE) -> dict[str, float]:
         """Validation loss on unseen clips, and how well renders of unseen prompts follow them (0..1)."""
-        figures = self._validation_loss()
+        figures = self._validation_loss(team)
         scenes = [self._unseen_scene(i) for i in range(self.recipe.evaluation.num_videos)]
-        videos = self._render([caption for _, caption in scenes])
-        correct = [_correct(video, scene) for video, (scene, _) in zip(videos, scenes, strict=True)]
-        if correct:
-            figures |= {name: sum(row[name] for row in correct) / len(correct) for name in correct[0]}
-            contact_sheet(folder / "samples" / f"step-{step:08d}.png", videos)
+        numbers = team.share(range(len(scenes)))
+        rendered = self._render({number: scenes[number][1] for number in numbers})
+        judged = [(video, _correct(video, scenes[number][0])) for number, video in zip(numbers, rendered, strict=True)]
+        judged = team.gather(judged)
+        if judged:
+            figures |= {name: sum(row[name] for _, row in judged) / len(judged) for name in judged[0][1]}
+        if judged and team.leads:
+            contact_sheet(folder / "samples" / f"step-{step:08d}.png", [video for video, _ in judged])
             text = "\n".join(caption for _, caption in scenes)
             (folder / "samples" / "prompts.txt").write_text(text + "\n", encoding="utf-8")
         return figures
@@ -231,24 +238,28 @@ class DitObjective(Objective):
         scene = shapes.sample_scene(rng, "heldout" if index % 2 else "seen")
         return scene, shapes.caption(scene, rng)
 
-    def _validation_loss(self) -> dict[str, float]:
+    def _validation_loss(self, team: Team = ALONE) -> dict[str, float]:
         """Mean loss over a fixed grid of times, with fixed noise and fixed unseen clips."""
         num = self.recipe.evaluation.num_losses
         if not num:
             return {}
-        clips = [self._unseen_scene(1_000_000 + 2 * i) for i in range(num)]
-        errors = []
-        for first in range(0, num, 16):
-            part = clips[first : first + 16]
-            video = torch.stack([torch.from_numpy(shapes.render(scene)) for scene, _ in part]).float() / 127.5 - 1
-            x0 = self.frozen.codec.encode(video)
-            generator = torch.Generator().manual_seed(mix(first))
-            noise = torch.randn(x0.shape, generator=generator)
-            t = (torch.arange(first, first + len(part)) % 16 + 0.5) / 16
-            errors.append(self.errors(DitBatch(x0, noise, t, self.conditioning([c for _, c in part]))))
+        errors = team.gather(
+            [self._validation_errors(first, min(first + 16, num)) for first in team.share(range(0, num, 16))]
+        )
         return {"validation": float(torch.cat(errors).mean())}
 
-    def _render(self, captions: Sequence[str]) -> list[Tensor]:
+    def _validation_errors(self, first: int, end: int) -> Tensor:
+        """(end - first,) losses of the clips of these numbers, on the CPU."""
+        clips = [self._unseen_scene(1_000_000 + 2 * i) for i in range(first, end)]
+        video = torch.stack([torch.from_numpy(shapes.render(scene)) for scene, _ in clips]).float() / 127.5 - 1
+        x0 = self.frozen.codec.encode(video)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(mix(first)))
+        t = (torch.arange(first, end) % 16 + 0.5) / 16
+        device = self.model.device
+        cond = self.conditioning([caption for _, caption in clips]).to(device)
+        return self.errors(DitBatch(x0.to(device), noise.to(device), t.to(device), cond)).cpu()
+
+    def _render(self, captions: Mapping[int, str]) -> list[Tensor]:
         """(3, T, H, W) in [-1, 1] each, at the model's default settings; the seed is the prompt's number."""
         defaults = self.recipe.defaults
         settings = Sampling(num_steps=self.recipe.evaluation.num_steps, seed=1)
@@ -256,7 +267,7 @@ class DitObjective(Objective):
         latent_shape = shape.latent_shape(self.frozen.codec.grid)
         negative = encode_prompts(self.frozen.text, self.model, [defaults.negative_prompt])
         videos = []
-        for number, caption in enumerate(captions):
+        for number, caption in captions.items():
             positive = encode_prompts(self.frozen.text, self.model, [caption])
             latents = sample_latents(
                 self.model, positive, negative, (1, *latent_shape), replace(settings, seed=settings.seed + number)
@@ -278,6 +289,17 @@ class DitObjective(Objective):
             description=f"trained {summary['steps']} steps in {summary['minutes']} min, seed {summary['seed']}",
         )
         log.info("Wrote %s", path)
+
+
+def _check_compiler() -> None:
+    """Raise before hours of drawing and encoding, not at the first step."""
+    names = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++", "cl"]
+    if not any(shutil.which(name) for name in names):
+        raise MissingLibraryError(
+            "torch.compile needs a C++ compiler",
+            given="compile = true, and none of " + ", ".join(names) + " is on the PATH",
+            do="install g++ or clang, or set compile = false",
+        )
 
 
 def _correct(video: Tensor, scene: shapes.Scene) -> dict[str, float]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..vidgen_core.errors import MissingLibraryError
+
 if TYPE_CHECKING:
     from .loop import Progress
     from .recipe import RunSettings
@@ -34,9 +36,7 @@ class Journal:
         self._last_curve = time.monotonic()
         self._board: Any = None
         if run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = _board(folder / "tensorboard")
 
     def step(
         self, progress: Progress, position: float, lr: float, grad_norm: float, values: Mapping[str, float]
@@ -120,6 +120,18 @@ class Journal:
         left_s = progress.elapsed_s * (1 - position) / position if position > 0 else math.inf
         left = f"{left_s / 60:.1f} min left" if math.isfinite(left_s) else "time left unknown"
         log.info("step %d  %.1f%%  %.2f steps/s  %s  %s", progress.step, 100 * position, rate, left, _spell(means))
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            "The run's recipe asks for a library that is not installed",
+            given="run.tensorboard = true, and no tensorboard",
+            do="pip install 'comfyui-vidgen[train]', or set run.tensorboard = false",
+        ) from error
+    return SummaryWriter(str(folder))
 
 
 def _spell(figures: Mapping[str, float]) -> str:

@@ -10,8 +10,8 @@ seen, and N processes see together what one process with the same batch size see
 from __future__ import annotations
 
 import logging
-import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..vidgen_core.errors import MissingLibraryError, NumericsError, RecipeError
+from ..vidgen_core.errors import CheckpointError, MissingLibraryError, NumericsError, RecipeError
 from . import checkpoint
 from .journal import Journal
-from .optim import Average, build_optimizers, learning_rate_factor
-from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
+from .optim import Average, Learner, learning_rate_factor
+from .recipe import OptimizerSettings, RunSettings, ScheduleSettings, require_positive
+from .team import ALONE, Team
 
 log = logging.getLogger("vidgen")
 
@@ -92,8 +93,19 @@ class Objective(nn.Module):
         """Whether Muon may take the matrix of this name: not embeddings, first or last layers."""
         return True
 
-    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        """Judge the model (which holds the averaged weights now); pictures go to ``folder``."""
+    def helpers(self) -> Mapping[str, OptimizerSettings]:
+        """Sub-modules that learn beside the model and are no part of the result, such as a discriminator.
+
+        Each has an optimizer and a limit on its gradient of its own and is not averaged. All of them and the model
+        take their gradients from the one ``loss``: terms for one must hold the others' weights still.
+        """
+        return {}
+
+    def evaluate(self, folder: Path, step: int, team: Team = ALONE) -> dict[str, float]:
+        """Judge the model (which holds the averaged weights now); pictures go to ``folder``.
+
+        Every process of ``team`` calls it and may do a share; the first one's figures count.
+        """
         return {}
 
     def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -132,11 +144,13 @@ class Loop:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         check_settings(run, optimizer, schedule)
+        helpers = objective.helpers()
         self.run_settings, self.optimizer_settings, self.schedule = run, optimizer, schedule
         self.extra = dict(extra or {})
         self.folder = Path(run.folder) / run.name
-        self.accelerator = _accelerator(run)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.accelerator = _accelerator(run, some_rest=bool(helpers))
+        self.team = Team(self.accelerator.process_index, self.accelerator.num_processes)
+        self.rank, self.world = self.team.rank, self.team.world
         if optimizer.batch_size % self.world:
             raise RecipeError(
                 "The batch cannot be split over the processes",
@@ -146,24 +160,37 @@ class Loop:
         self.objective = objective.to(self.accelerator.device)
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.names = {p: name for name, p in self.parameters.items()}
-        self.optimizers = build_optimizers(self.parameters, optimizer, is_hidden=objective.is_hidden)
-        self.peaks = [group["lr"] for each in self.optimizers for group in each.param_groups]
-        self.average = Average(self.parameters, optimizer.ema_decay)
+        self.learners = self._learners(optimizer, helpers)
+        self.optimizers = [each for learner in self.learners for each in learner.optimizers]
+        self.average = Average(self.learners[0].parameters, optimizer.ema_decay)
         self.progress = Progress()
         self.wrapped = self.accelerator.prepare(objective)
         self.journal = Journal(self.folder, objective.metrics, run) if self.rank == 0 else None
         self._asked_to_stop = False
+
+    def _learners(self, settings: OptimizerSettings, helpers: Mapping[str, OptimizerSettings]) -> list[Learner]:
+        """The model first, then its helpers."""
+        rest = dict(self.parameters)
+        learners = []
+        for helper, own_settings in helpers.items():
+            own = {name: rest.pop(name) for name in self.parameters if name.startswith(f"{helper}.")}
+            assert own, f"{helper} has nothing to train"
+            learners.append(Learner.of(own, own_settings, is_hidden=self.objective.is_hidden, team=self.team))
+        return [Learner.of(rest, settings, is_hidden=self.objective.is_hidden, team=self.team), *learners]
 
     # ---- the run -------------------------------------------------------------------------------------------
 
     def train(self, *, resume: bool = True, stop_after: int | None = None) -> Progress:
         """Train until the schedule ends, a signal arrives, or ``stop_after`` more steps are done.
 
-        With ``resume`` the newest checkpoint of the run's folder is continued. Ends with a checkpoint in every
+        With ``resume`` the newest checkpoint of the run's folder is continued, else what the folder holds of an
+        earlier run is forgotten. Ends with a checkpoint in every
         case, and with the objective's ``finish`` only at the end of the schedule.
         """
         if resume:
             self._load_newest()
+        else:
+            self._forget()
         started = time.monotonic() - self.progress.elapsed_s
         last_checkpoint = last_evaluation = time.monotonic()
         first_step = self.progress.step
@@ -205,15 +232,12 @@ class Loop:
         # Dropout and the like draw from the global generator: it too is a function of the step.
         torch.manual_seed(mix(self.run_settings.seed, self.progress.step, -2, self.rank))
         factor = learning_rate_factor(self.schedule, step=self.progress.step, position=self.position())
-        self._set_learning_rates(factor)
         losses = self.wrapped(self.objective.batch(draw))
         self.accelerator.backward(losses["loss"])
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.optimizer_settings.clip_norm or math.inf, foreach=True
-        )
-        if bool(torch.isfinite(norm)):
-            for optimizer in self.optimizers:
-                optimizer.step()
+        norms = [learner.clip() for learner in self.learners]
+        if all(bool(torch.isfinite(norm)) for norm in norms):
+            for learner in self.learners:
+                learner.step(factor)
             self.average.update()
             self.progress.bad_steps = 0
         else:
@@ -223,7 +247,9 @@ class Loop:
         self.progress.step += 1
         if self.journal is not None:
             values = {name: float(value.detach()) for name, value in losses.items()}
-            self.journal.step(self.progress, self.position(), factor * self.peaks[0], float(norm), values)
+            self.journal.step(
+                self.progress, self.position(), factor * self.learners[0].peaks[0], float(norms[0]), values
+            )
 
     def _count_bad_step(self) -> None:
         self.progress.bad_steps += 1
@@ -246,11 +272,6 @@ class Loop:
 
     def _finished(self) -> bool:
         return self.position() >= 1.0
-
-    def _set_learning_rates(self, factor: float) -> None:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, peak in zip(groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
 
     def _due(self, steps: int | None, minutes: float | None, since_s: float) -> bool:
         if steps is not None and self.progress.step % steps == 0:
@@ -319,6 +340,7 @@ class Loop:
         if not found:
             return
         tensors, rest = checkpoint.load(found[-1])
+        self._check_fits(tensors, found[-1])
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weights.{name}"])
@@ -332,16 +354,34 @@ class Loop:
             self.journal.rewind(self.progress.step)
         log.info("Resumed at step %d, %.1f min", self.progress.step, self.progress.elapsed_s / 60)
 
+    def _check_fits(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        wanted = {f"weights.{name}": p for name, p in self.parameters.items()}
+        wanted |= {f"average.{name}": value for name, value in self.average.values.items()}
+        wrong = [name for name, t in wanted.items() if name not in tensors or tensors[name].shape != t.shape]
+        if wrong:
+            raise CheckpointError(
+                "The run was begun with another model or other settings than this recipe's",
+                given=f"{path}, which lacks {wrong[0]!r} or has it in another shape",
+                do="give the run another name, or forget the old one (--restart)",
+            )
+
+    def _forget(self) -> None:
+        """An earlier run of this name would else be taken up again later, and its checkpoints count as newer."""
+        if self.journal is not None:
+            for path in checkpoint.complete(self.folder / "checkpoints"):
+                shutil.rmtree(path)
+            self.journal.rewind(-1)
+        self._wait()
+
     # ---- judging -------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
-        """Figures of the averaged model; the first process works, the others wait."""
-        figures: dict[str, float] = {}
+        """Figures of the averaged model."""
+        self.objective.eval()
+        with self.average.applied(), torch.no_grad():
+            figures = self.objective.evaluate(self.folder, self.progress.step, self.team)
+        self.objective.train()
         if self.journal is not None:
-            self.objective.eval()
-            with self.average.applied(), torch.no_grad():
-                figures = self.objective.evaluate(self.folder, self.progress.step)
-            self.objective.train()
             self.journal.evaluation(self.progress, figures)
         self._wait()
         return figures
@@ -370,18 +410,19 @@ def check_settings(run: RunSettings, optimizer: OptimizerSettings, schedule: Sch
             given=f"steps = {schedule.steps}, budget_minutes = {schedule.budget_minutes}",
             expected="exactly one of steps and budget_minutes",
         )
-    for name, value in (
-        ("schedule.steps", schedule.steps),
-        ("schedule.budget_minutes", schedule.budget_minutes),
-        ("optimizer.batch_size", optimizer.batch_size),
-        ("run.processes", run.processes),
-        ("run.threads", run.threads),
-    ):
-        if value is not None and value <= 0:
-            raise RecipeError("A value of the recipe cannot be used", given=f"{name} = {value}", expected="more than 0")
+    require_positive(
+        {
+            "schedule.steps": schedule.steps,
+            "schedule.budget_minutes": schedule.budget_minutes,
+            "optimizer.batch_size": optimizer.batch_size,
+            "run.processes": run.processes,
+            "run.threads": run.threads,
+        }
+    )
 
 
-def _accelerator(run: RunSettings) -> Any:
+def _accelerator(run: RunSettings, *, some_rest: bool) -> Any:
+    """The library's handle on devices and processes; ``some_rest``: not every weight gets a gradient in every step."""
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState, PartialState
@@ -399,7 +440,5 @@ def _accelerator(run: RunSettings) -> Any:
     return Accelerator(
         cpu=run.device == "cpu",
         mixed_precision="no" if run.precision == "fp32" else "bf16",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=some_rest)],
     )
-
-

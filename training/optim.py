@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .recipe import OptimizerSettings, ScheduleSettings
+from .team import ALONE, Team
 
 # Quintic x -> a x + b x^3 + c x^5 that drives every singular value in (0, 1] to about 1 within five rounds.
 # Coefficients: Keller Jordan, "Muon: an optimizer for hidden layers" (2024).
@@ -47,35 +49,93 @@ class Muon(torch.optim.Optimizer):
     A kernel (out, in, ...) counts as the matrix (out, in * ...). Updates are scaled by
     0.2 sqrt(max(rows, columns)), which gives them the size of AdamW's, so both share learning rates
     (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4).
+
+    Every process keeps all of the momentum and orthogonalises its share of the matrices.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        team: Team = ALONE,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.team = team
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = [self._direction(parameter, group["momentum"]) for parameter in trained]
+            updates = self.team.map_tensors(orthogonalise, directions, [_cost(d) for d in directions])
+            for parameter, update in zip(trained, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(update.shape)))
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: Mapping[str, float]) -> None:
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """(rows, columns): the gradient looked ahead along its moving average."""
+        grad = parameter.grad
+        assert grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"]
-        momentum.lerp_(grad, 1 - group["momentum"])
-        direction = grad.lerp(momentum, group["momentum"]).flatten(1)
-        update = orthogonalise(direction).view_as(parameter)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(direction.shape)))
+        state["momentum"].lerp_(grad, 1 - momentum)
+        return grad.lerp(state["momentum"], momentum).flatten(1)
+
+
+def _cost(matrix: Tensor) -> float:
+    """Multiplications of :func:`orthogonalise`: two products with the long side, about three of the short a round."""
+    short, long = sorted(matrix.shape)
+    return float(short * short * (2 * long + 15 * short))
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Parameters that share an optimizer's numbers and a limit on the norm of their gradient."""
+
+    parameters: dict[str, nn.Parameter]
+    settings: OptimizerSettings
+    optimizers: list[torch.optim.Optimizer]
+    peaks: list[float]
+    """the highest learning rate of each group of each optimizer"""
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Mapping[str, nn.Parameter],
+        settings: OptimizerSettings,
+        *,
+        is_hidden: Callable[[str], bool],
+        team: Team = ALONE,
+    ) -> Learner:
+        optimizers = build_optimizers(parameters, settings, is_hidden=is_hidden, team=team)
+        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        return cls(dict(parameters), settings, optimizers, peaks)
+
+    def clip(self) -> Tensor:
+        """The norm of the gradient before it was clipped."""
+        limit = self.settings.clip_norm or math.inf
+        return nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=True)
+
+    def step(self, factor: float) -> None:
+        """One update at ``factor`` times the highest learning rates."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        for optimizer in self.optimizers:
+            optimizer.step()
 
 
 def build_optimizers(
-    parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings, *, is_hidden: Callable[[str], bool]
+    parameters: Mapping[str, nn.Parameter],
+    settings: OptimizerSettings,
+    *,
+    is_hidden: Callable[[str], bool],
+    team: Team = ALONE,
 ) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the hidden matrices and AdamW over the rest.
 
@@ -84,6 +144,7 @@ def build_optimizers(
     Args:
         parameters: by name, all of them trained.
         is_hidden: whether the parameter of this name may go to Muon (not first and last layers, embeddings).
+        team: the processes that share Muon's work.
     """
     hidden = {n for n, p in parameters.items() if settings.name == "muon" and p.ndim >= 2 and is_hidden(n)}
     rest = [(n, p) for n, p in parameters.items() if n not in hidden]
@@ -96,9 +157,7 @@ def build_optimizers(
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(
-            torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-        )
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
     if hidden:
         optimizers.append(
             Muon(
@@ -106,6 +165,7 @@ def build_optimizers(
                 lr=settings.muon_lr,
                 momentum=settings.muon_momentum,
                 weight_decay=settings.weight_decay,
+                team=team,
             )
         )
     return optimizers

@@ -1,5 +1,7 @@
 """Training of the causal VAE: L1, a perceptual surrogate and a small KL term, on crops, clips and images.
 
+Two more terms are there for who wants them: a perceptual network from a file of the user's, and a discriminator.
+
 The mix follows HunyuanVideo's report (arXiv 2412.03603, section 4.1): videos and images 4 : 1, a random interval
 between frames, no start from an image VAE. Most batches are crops, because eight of them cost what one clip
 costs; the share of whole clips grows over the run, because the norms see the whole extent when the VAE is used.
@@ -19,14 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..vidgen_core.errors import RecipeError
 from ..vidgen_core.families.hunyuan.config import CodecConfig
 from ..vidgen_core.families.hunyuan.vae import CausalVAE
 from ..vidgen_core.weights.save import save_checkpoint
 from .data.pool import PoolSettings, draw_clip, open_pool
+from .discriminator import PatchDiscriminator, adversarial_losses
 from .loop import Draw, Objective
 from .pca import set_decoder, set_encoder, without_idle_branches
+from .perceptual import PerceptualDistance
 from .pictures import contact_sheet
-from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
+from .recipe import OptimizerSettings, RunSettings, ScheduleSettings, require_positive
+from .start import start_from
+from .team import ALONE, Team
 
 log = logging.getLogger("vidgen")
 
@@ -44,6 +51,23 @@ class VaeLossSettings:
     """weight of the mean squared error"""
     kl: float = 1e-4
     """weight of the KL divergence from the unit Gaussian, mean over latent elements"""
+    perceptual: float = 0.0
+    """weight of the distance in a network's features, see ``perceptual.py``; 0 needs no network"""
+    perceptual_network: str | None = None
+    """safetensors file with VGG16's features under torchvision's names"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeAdversarialSettings:
+    """The discriminator, see ``discriminator.py``."""
+
+    weight: float = 0.0
+    """of its term in the VAE's loss; 0 builds none"""
+    start: float = 0.3
+    """share of the run before it begins: there is nothing to tell while reconstructions are poor"""
+    channels: int = 16
+    num_levels: int = 3
+    lr: float = 2e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +94,7 @@ class VaeRecipe:
     model: CodecConfig = field(default_factory=CodecConfig)
     pool: PoolSettings = field(default_factory=PoolSettings)
     loss: VaeLossSettings = field(default_factory=VaeLossSettings)
+    adversarial: VaeAdversarialSettings = field(default_factory=VaeAdversarialSettings)
     mix: VaeMixSettings = field(default_factory=VaeMixSettings)
     evaluation_clips: int = 24
     init: str | None = None
@@ -77,6 +102,18 @@ class VaeRecipe:
     encoder: Literal["trained", "pca"] = "trained"
     """pca: closed form (``pca.py``) and frozen, so that latents stay what they are while the decoder learns, which
     starts in closed form too"""
+
+
+@dataclass(frozen=True, slots=True)
+class VaeBatch:
+    """What one step sees."""
+
+    video: Tensor
+    """(B, 3, T, H, W) in [-1, 1]"""
+    noise: Tensor
+    """(B, C, T', H', W'), of the posterior samples"""
+    adversarial: bool = False
+    """whether the discriminator takes part"""
 
 
 class VaeObjective(Objective):
@@ -88,15 +125,47 @@ class VaeObjective(Objective):
         super().__init__()
         torch.manual_seed(recipe.run.seed)
         self.recipe = recipe
+        self._check()
         self.vae = CausalVAE(recipe.model)
         if recipe.init is not None:
-            from safetensors.torch import load_file
-
-            self.vae.load_state_dict({name: t.float() for name, t in load_file(recipe.init).items()})
+            start_from(recipe.init, "codec", self.vae, recipe.model, ignore=("scaling_factor",))
         self.pool = open_pool(recipe.pool, processes=recipe.run.processes)
         self.light: list[CausalVAE] = []  # in a list: it shares its parameters with ``vae`` and must not count twice
         if recipe.encoder == "pca":
             self._freeze_encoder()
+        self.perceptual: PerceptualDistance | None = None
+        if recipe.loss.perceptual:
+            assert recipe.loss.perceptual_network is not None
+            self.perceptual = PerceptualDistance(recipe.loss.perceptual_network)
+            self.metrics += ("perceptual",)
+        self.discriminator: PatchDiscriminator | None = None
+        if recipe.adversarial.weight:
+            settings = recipe.adversarial
+            self.discriminator = PatchDiscriminator(channels=settings.channels, num_levels=settings.num_levels)
+            self.metrics += ("generator", "discriminator")
+
+    def _check(self) -> None:
+        loss, adversarial = self.recipe.loss, self.recipe.adversarial
+        if loss.perceptual and loss.perceptual_network is None:
+            raise RecipeError(
+                "The perceptual loss needs a network",
+                given=f"loss.perceptual = {loss.perceptual}",
+                do="set loss.perceptual_network to a safetensors file with VGG16's features, or loss.perceptual to 0",
+            )
+        if not 0 <= adversarial.start < 1:
+            raise RecipeError(
+                "The discriminator has no time to begin",
+                given=f"adversarial.start = {adversarial.start}",
+                expected="a share of the run: 0 or more and below 1",
+            )
+        names = ("channels", "num_levels", "lr")
+        require_positive({f"adversarial.{name}": getattr(adversarial, name) for name in names})
+
+    def helpers(self) -> dict[str, OptimizerSettings]:
+        """The discriminator forgets fast (Radford et al. 2015, arXiv 1511.06434, ask for a momentum of 0.5)."""
+        if self.discriminator is None:
+            return {}
+        return {"discriminator": OptimizerSettings(lr=self.recipe.adversarial.lr, betas=(0.5, 0.99))}
 
     def _freeze_encoder(self) -> None:
         if self.recipe.init is None:
@@ -118,11 +187,8 @@ class VaeObjective(Objective):
 
     # ---- batches -------------------------------------------------------------------------------------------
 
-    def batch(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Videos (B, 3, T, H, W) in [-1, 1] and the noise (B, C, T', H', W') of the posterior samples.
-
-        Crops come ``batch_size`` at a time; whole clips and images in numbers of about the same cost.
-        """
+    def batch(self, draw: Draw) -> VaeBatch:
+        """Crops come ``batch_size`` at a time; whole clips and images in numbers of about the same cost."""
         kind = self._kind(draw)
         mix, pool = self.recipe.mix, self.recipe.pool
         if kind == "clip":
@@ -140,7 +206,8 @@ class VaeObjective(Objective):
         )
         noise = torch.stack([torch.randn(latent_shape, generator=g) for g in generators])
         device = next(self.vae.parameters()).device
-        return (video.to(device).float() / 127.5 - 1), noise.to(device)
+        adversarial = self.discriminator is not None and draw.position >= self.recipe.adversarial.start
+        return VaeBatch(video.to(device).float() / 127.5 - 1, noise.to(device), adversarial)
 
     def _kind(self, draw: Draw) -> Kind:
         mix = self.recipe.mix
@@ -169,33 +236,51 @@ class VaeObjective(Objective):
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        video, noise = batch
-        if self.light:
-            with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
-                mean, logvar = self.light[0].encode(video)
-        else:
-            mean, logvar = (x.float() for x in self.vae.encode(video))
-        out = self.vae.decode(mean + (0.5 * logvar).exp() * noise).float()
-        settings = self.recipe.loss
-        l1 = (out - video).abs().mean()
+    def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
+        video, settings = batch.video, self.recipe.loss
+        mean, logvar = self._encode(video)
+        out = self.vae.decode(mean + (0.5 * logvar).exp() * batch.noise).float()
         square = (out - video).square().mean()
-        gradient = detail_loss(out, video)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = l1 + settings.gradient * gradient + settings.square * square + settings.kl * kl
+        parts = {
+            "l1": (out - video).abs().mean(),
+            "gradient": detail_loss(out, video),
+            "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
+        }
+        loss = (
+            parts["l1"] + settings.gradient * parts["gradient"] + settings.square * square + settings.kl * parts["kl"]
+        )
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(out, video)
+            loss = loss + settings.perceptual * parts["perceptual"]
+        if batch.adversarial:
+            assert self.discriminator is not None
+            parts |= adversarial_losses(self.discriminator, out, video)
+            # The discriminator's own term: its size does not matter to its optimizer, nor does it touch the VAE.
+            loss = loss + self.recipe.adversarial.weight * parts["generator"] + parts["discriminator"]
         # Peak to peak is 2 in [-1, 1].
         psnr = 10 * torch.log10(4 / square.detach().clamp_min(1e-10))
-        return {"loss": loss, "l1": l1, "gradient": gradient, "kl": kl, "psnr": psnr}
+        return {"loss": loss, **parts, "psnr": psnr}
+
+    def _encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents; without a gradient where the encoder is frozen."""
+        if self.light:
+            with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
+                return self.light[0].encode(video)
+        mean, logvar = self.vae.encode(video)
+        return mean.float(), logvar.float()
 
     # ---- judging -------------------------------------------------------------------------------------------
 
-    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+    def evaluate(self, folder: Path, step: int, team: Team = ALONE) -> dict[str, float]:
         """PSNR in dB on unseen clips (all combinations of attributes, other seeds), mean and worst clip."""
         unseen = replace(self.recipe.pool, split="all", seed=self.recipe.pool.seed + 104729, max_interval=1)
-        clips = [torch.from_numpy(draw_clip(unseen, i)) for i in range(self.recipe.evaluation_clips)]
-        pairs = [self._reconstruct(clip) for clip in clips]
-        scores = [psnr_db(out, video) for video, out in pairs]
-        contact_sheet(folder / "samples" / f"step-{step:08d}.png", [v for pair in pairs[:4] for v in pair])
+        numbers = team.share(range(self.recipe.evaluation_clips))
+        pairs = [self._reconstruct(torch.from_numpy(draw_clip(unseen, i))) for i in numbers]
+        scores = team.gather([psnr_db(out, video) for video, out in pairs])
+        if not scores:
+            return {}
+        if team.leads:
+            contact_sheet(folder / "samples" / f"step-{step:08d}.png", [v for pair in pairs[:4] for v in pair])
         return {"psnr_db": sum(scores) / len(scores), "psnr_worst_db": min(scores)}
 
     def _reconstruct(self, clip: Tensor) -> tuple[Tensor, Tensor]:
