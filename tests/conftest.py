@@ -13,7 +13,12 @@ import torch
 # Many tiny tensors on many threads are slower than on one, and the order of a sum depends on their number.
 torch.set_num_threads(1)
 
-LEGITIMATE_SKIPS = ("needs a CUDA device", "needs a user without root's rights", "needs a POSIX system")
+LEGITIMATE_SKIPS = (
+    "needs a CUDA device",
+    "needs a C++ compiler",
+    "needs a user without root's rights",
+    "needs a POSIX system",
+)
 """How the reason of a skip begins when it speaks of the machine; any other means that something is not installed."""
 
 FORBIDDEN = os.environ.get("VIDGEN_FORBID_SKIPS") == "1"

@@ -256,56 +256,54 @@ def test_tensorboard_that_is_not_installed_is_asked_for(tmp_path, monkeypatch):
 
 # ---- processes -----------------------------------------------------------------------------------------------
 
-_TWO = """
+DETERMINISTIC = {name: (kind, o if o is WithCritic else WithoutDropout) for name, (kind, o) in KINDS.items()}
+"""without dropout, which draws other numbers in each process"""
+
+_OTHER = """
 import sys
 from pathlib import Path
-import torch
-from vidgen.training import cli
-from vidgen.training.optim import orthogonalise
 sys.path.insert(0, {tests!r})
-from {module} import KINDS, WithCritic, WithoutDropout, make_loop
+from {module} import share_of_two
 
-def work(rank, port, folder):
-    cli._join_group(rank, 2, port)
-    for name, (kind, objective) in KINDS.items():
-        objective = WithCritic if objective is WithCritic else WithoutDropout
-        loop = make_loop(Path(folder), "two-" + name, kind=kind, objective=objective())
-        loop.train()
-    team = loop.team
-    assert (team.rank, team.world) == (rank, 2)
-    assert team.gather(team.share(range(7))) == list(range(7))
-    matrices = [torch.randn(3 + i, 9 - i, generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    calls = []
-    def remembered(x):
-        calls.append(x)
-        return orthogonalise(x)
-    together = team.map_tensors(remembered, matrices, [1.0] * 5)
-    assert all(torch.equal(x, orthogonalise(m)) for x, m in zip(together, matrices))
-    assert len(calls) == (3, 2)[rank]
-    cli._leave_group()
-
-if __name__ == "__main__":
-    import torch.multiprocessing as mp
-    port = cli._free_port()
-    context = mp.get_context("spawn")
-    other = context.Process(target=work, args=(1, port, {folder!r}))
-    other.start()
-    work(0, port, {folder!r})
-    other.join()
-    assert other.exitcode == 0
+share_of_two(1, {port}, Path({folder!r}))
 """
+
+
+def share_of_two(rank: int, port: int, folder: Path) -> None:
+    """What one of two processes does: a run of each kind, and work divided by hand."""
+    cli._join_group(rank, 2, port)
+    try:
+        for name, (kind, objective) in DETERMINISTIC.items():
+            loop = make_loop(folder, f"two-{name}", kind=kind, objective=objective())
+            loop.train()
+        team, calls = loop.team, []
+        assert (team.rank, team.world) == (rank, 2)
+        assert team.gather(team.share(range(7))) == list(range(7))
+
+        def counted(x: Tensor) -> Tensor:
+            calls.append(x)
+            return orthogonalise(x)
+
+        matrices = [torch.randn(3 + i, 9 - i, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+        together = team.map_tensors(counted, matrices, [1.0] * 5)
+        assert all(torch.equal(x, orthogonalise(m)) for x, m in zip(together, matrices, strict=True))
+        assert len(calls) == (3, 2)[rank]
+    finally:
+        cli._leave_group()
 
 
 def test_two_processes_equal_one_with_the_same_batch(tmp_path):
     """With AdamW, with Muon's work divided, and with a critic that begins late; and evaluation is divided too."""
-
-    script = tmp_path / "two.py"
-    here = Path(__file__)
-    script.write_text(_TWO.format(tests=str(here.parent), module=here.stem, folder=str(tmp_path)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
-    for name, (kind, objective) in KINDS.items():
-        objective = WithCritic if objective is WithCritic else WithoutDropout
+    port, here = cli._free_port(), Path(__file__)
+    script = _OTHER.format(tests=str(here.parent), module=here.stem, port=port, folder=str(tmp_path))
+    other = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        share_of_two(0, port, tmp_path)
+        assert other.wait(timeout=600) == 0
+    finally:
+        other.kill()
+        other.wait()
+    for name, (kind, objective) in DETERMINISTIC.items():
         one = make_loop(tmp_path, f"one-{name}", kind=kind, objective=objective())
         one.train()
         tensors, _ = checkpoint.load(checkpoint.complete(tmp_path / f"two-{name}" / "checkpoints")[-1])
