@@ -115,7 +115,9 @@ def test_every_place_says_the_same_version(pyproject: dict[str, Any]) -> None:
     assert f'__version__ = "{version}"' in (ROOT / "__init__.py").read_text("utf-8")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/FAMILIES.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/FAMILIES.md", "docs/TRAINING.md"]
+)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     file = ROOT / document
     links = re.findall(r"\]\(([^)#\s]+)", file.read_text("utf-8"))

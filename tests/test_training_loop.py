@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +450,29 @@ def test_bundled_recipes_are_valid():
     for path in RECIPES.glob("*.toml"):
         stage = path.stem.rsplit("_", 1)[-1]
         assert read_recipe(path, kinds[stage]).stage == stage
+
+
+def test_the_page_on_training_explains_every_key_and_no_other():
+    """But for the sizes of the models and the defaults of a checkpoint, which have a page of their own: their code."""
+    from vidgen.training.dit import DitRecipe
+    from vidgen.training.text_recipe import TextRecipe
+
+    page = (RECIPES.parents[1] / "docs" / "TRAINING.md").read_text("utf-8")
+    table, explained = "", set()
+    for line in page.splitlines():
+        if line.count("|") == 5 and "`" in line:
+            first, keys, stages, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            table = first.strip("`[]") or table
+            explained |= {(stage, table, key) for stage in stages for key in re.findall("`([a-z_]+)`", keys)}
+    known = set()
+    for letter, kind in {"t": TextRecipe, "v": VaeRecipe, "d": DitRecipe}.items():
+        for name, hint in typing.get_type_hints(kind).items():
+            if not is_dataclass(hint):
+                known.add((letter, "", name))
+            elif not hint.__module__.startswith("vidgen.vidgen_core"):
+                known |= {(letter, name, field.name) for field in fields(hint)}
+    # AdamW's row tells of the text encoders' rate in its last column.
+    assert explained == known - {("t", "optimizer", "lr")}
 
 
 def test_overrides_and_their_types():
