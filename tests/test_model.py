@@ -85,9 +85,9 @@ def test_a_conditioning_of_one_serves_every_sample(model: VideoModel) -> None:
 
 def count_forwards(model: VideoModel) -> tuple[list[int], object]:
     batches: list[int] = []
-    return batches, model.network.register_forward_pre_hook(lambda module, args, kwargs: batches.append(
-        len(kwargs["x"])
-    ), with_kwargs=True)
+    return batches, model.network.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["x"])), with_kwargs=True
+    )
 
 
 def test_a_pair_asks_once_and_answers_as_two(model: VideoModel) -> None:
