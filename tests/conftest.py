@@ -114,6 +114,8 @@ def network_twin() -> Callable[[Any], Any]:
             num_layers=config.num_double_blocks,
             num_single_layers=config.num_single_blocks,
             num_refiner_layers=config.num_refiner_blocks,
+            patch_size_t=config.patch[0],
+            patch_size=config.patch[1],
             guidance_embeds=config.guidance_embed,
             text_embed_dim=config.text_width,
             pooled_projection_dim=config.pooled_width,

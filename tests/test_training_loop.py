@@ -230,6 +230,16 @@ def test_a_new_start_forgets_the_old_run(tmp_path):
     assert [row["step"] for row in rows] == ["2", "4"]
 
 
+def test_a_resumed_run_may_log_more_than_before(tmp_path):
+    make_loop(tmp_path).train(stop_after=4)
+    more = Toy()
+    more.metrics = ("extra", "half")
+    make_loop(tmp_path, objective=more).train(stop_after=2)
+    rows = list(csv.DictReader((tmp_path / "toy" / "loss.csv").open()))
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert all(float(row["half"]) == pytest.approx(float(row["loss"]) / 2, rel=1e-4) for row in rows)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     make_loop(tmp_path).train(stop_after=1)
     with pytest.raises(CheckpointError, match="another name"):

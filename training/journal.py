@@ -74,14 +74,18 @@ class Journal:
         self._window_start = time.monotonic()
 
     def rewind(self, step: int) -> None:
-        """Forget rows after ``step``: a resumed run writes them anew."""
+        """Forget rows after ``step``: a resumed run writes them anew, and maybe with other parts of the loss."""
         for name in (LOSSES, EVALUATIONS):
             path = self.folder / name
             if not path.is_file():
                 continue
-            header, *lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line and int(line.split(",", 1)[0]) <= step]
-            path.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                kept = [row for row in reader if row["step"] and int(row["step"]) <= step]
+                columns = self.columns if name == LOSSES else list(reader.fieldnames or [])
+            path.unlink()
+            for row in kept:
+                self._append(name, columns, row)
 
     def draw_curve(self) -> None:
         """Draw the loss curve; without matplotlib there is none, and the CSV stays."""
@@ -107,7 +111,7 @@ class Journal:
         if self._board is not None:
             self._board.close()
 
-    def _append(self, name: str, columns: Sequence[str], row: Mapping[str, float]) -> None:
+    def _append(self, name: str, columns: Sequence[str], row: Mapping[str, Any]) -> None:
         path = self.folder / name
         is_new = not path.is_file()
         with path.open("a", newline="", encoding="utf-8") as file:
