@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,11 @@ def run_task(task: Task) -> list[dict[str, Any]]:
     """Render, judge and describe the scenes of a task (in a process of its own)."""
     import torch
 
-    from ..vidgen_core.generate import Sampling, generate, load_bundle
+    from ..training.pictures import to_pixels
+    from ..vidgen_core.generate import Sampling, generate
 
     torch.set_num_threads(1)
-    bundle = load_bundle(task.model)
+    bundle = _bundle(task.model)
     settings = Sampling(**dict(task.sampling))
     rows = []
     for index in task.indices:
@@ -76,7 +78,7 @@ def run_task(task: Task) -> list[dict[str, Any]]:
         started = time.perf_counter()
         video = generate(bundle, caption, settings=replace(settings, seed=task.seed * 100_003 + index))
         seconds = time.perf_counter() - started
-        render = _to_uint8(video)
+        render = to_pixels(video[0])
         truth = shapes.render(scene)
         round_trip = _round_trip(bundle.codec, truth)
         rows.append(
@@ -95,17 +97,22 @@ def run_task(task: Task) -> list[dict[str, Any]]:
     return rows
 
 
-def _to_uint8(video: Any) -> np.ndarray:
-    """(1, 3, T, H, W) in [-1, 1] -> uint8 (3, T, H, W)."""
-    return ((video[0].clamp(-1, 1) + 1) * 127.5 + 0.5).byte().cpu().numpy()
+@lru_cache(maxsize=1)
+def _bundle(model: str | None) -> Any:
+    """Loaded once in each process, not once for each of its tasks."""
+    from ..vidgen_core.bundle import load_bundle
+
+    return load_bundle(model)
 
 
 def _round_trip(codec: Any, clip: np.ndarray) -> np.ndarray:
     import torch
 
+    from ..training.pictures import to_pixels
+
     with torch.inference_mode():
         video = torch.from_numpy(clip).float()[None] / 127.5 - 1
-        return _to_uint8(codec.decode(codec.encode(video)).float())
+        return to_pixels(codec.decode(codec.encode(video))[0].float())
 
 
 def _psnr_db(a: np.ndarray, b: np.ndarray) -> float:

@@ -34,7 +34,7 @@ from .data.latents import load_frozen_codec, open_latents
 from .data.pool import PoolSettings
 from .export import export_network
 from .loop import Draw, Objective, mix
-from .pictures import contact_sheet
+from .pictures import contact_sheet, to_pixels
 from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
 from .start import start_from
 from .team import ALONE, Team
@@ -306,7 +306,6 @@ def _check_compiler() -> None:
 
 def _correct(video: Tensor, scene: shapes.Scene) -> dict[str, float]:
     """1 for each attribute that the detector reads as the caption says, else 0."""
-    pixels = ((video.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().numpy()
-    seen = detect.detect(pixels)
+    seen = detect.detect(to_pixels(video))
     row = {name: float(seen[name] == getattr(scene, name)) for name in detect.JUDGED}
     return row | {"all_correct": float(all(row.values()))}

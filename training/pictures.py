@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,11 @@ def contact_sheet(path: Path, videos: Sequence[Tensor], *, num_frames: int = 5, 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def to_pixels(video: Tensor) -> np.ndarray:
+    """A video (3, T, H, W) in [-1, 1] as uint8, the form that the detectors read."""
+    return ((video.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().cpu().numpy()
 
 
 def _strip(video: Tensor, num_frames: int) -> Tensor:
