@@ -60,6 +60,8 @@ class DitMixSettings:
     """of the batches, how many are single frames"""
     image_batch: int = 4
     """images of such a batch for each video of the others"""
+    held_share: float = 0.0
+    """of the video batches, how many are given their first latent frame clean (image to video by token replacement)"""
     text_dropout: float = 0.1
     """share of the samples with the empty prompt, for guidance"""
 
@@ -101,7 +103,7 @@ class DitRecipe:
 
 @dataclass(frozen=True, slots=True)
 class DitBatch:
-    """What one step sees. x0 and noise (B, C, T, H, W), t (B,)."""
+    """What one step sees. x0 and noise (B, C, T, H, W), t (B,), or (B, 1, T, 1, 1) with 0 for given frames."""
 
     x0: Tensor
     noise: Tensor
@@ -120,7 +122,7 @@ class Frozen:
 class DitObjective(Objective):
     """The network, its latents and captions, and the flow-matching loss."""
 
-    metrics = ("video", "image")
+    metrics = ("video", "image", "held")
 
     def __init__(self, recipe: DitRecipe) -> None:
         super().__init__()
@@ -166,6 +168,7 @@ class DitObjective(Objective):
         mix_settings = self.recipe.mix
         shared = draw.shared()
         is_image = float(torch.rand((), generator=shared)) < mix_settings.image_share
+        is_held = not is_image and float(torch.rand((), generator=shared)) < mix_settings.held_share
         num = draw.batch_size * (mix_settings.image_batch if is_image else 1)
         t = self.times(num, shared)
         share = num // draw.world
@@ -182,7 +185,11 @@ class DitObjective(Objective):
             captions.append("" if dropped else shapes.caption(self.cache.scenes[index], rng, image=is_image))
         device = self.model.device
         cond = self.conditioning(captions, image=is_image).to(device)
-        return DitBatch(torch.stack(latents).to(device), torch.stack(noises).to(device), t.to(device), cond)
+        x0 = torch.stack(latents).to(device)
+        if is_held:
+            t = t.view(-1, 1, 1, 1, 1).repeat(1, 1, x0.shape[2], 1, 1)
+            t[:, :, 0] = 0
+        return DitBatch(x0, torch.stack(noises).to(device), t.to(device), cond)
 
     def times(self, num: int, generator: torch.Generator) -> Tensor:
         """(num,) float32 times, spread evenly over the quantiles of their distribution and in random order."""
@@ -207,15 +214,20 @@ class DitObjective(Objective):
 
     def forward(self, batch: DitBatch) -> dict[str, Tensor]:
         loss = self.errors(batch).mean()
-        return {"loss": loss, ("image" if batch.x0.shape[2] == 1 else "video"): loss.detach()}
+        kind = "held" if batch.t.ndim > 1 else "image" if batch.x0.shape[2] == 1 else "video"
+        return {"loss": loss, kind: loss.detach()}
 
     def errors(self, batch: DitBatch) -> Tensor:
-        """(B,) mean squared error of the prediction per sample."""
+        """(B,) mean squared error of the prediction per sample, over the frames that are not given."""
         diffusion = self.model.diffusion
         x_t = diffusion.add_noise(batch.x0, batch.noise, batch.t)
         output = self.model.predict(x_t, batch.t, batch.cond)
         target = diffusion.target(batch.x0, x_t, batch.t)
-        return F.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+        squares = F.mse_loss(output.float(), target.float(), reduction="none").mean(dim=(1, 3, 4))
+        if batch.t.ndim == 1:
+            return squares.mean(dim=1)
+        asked = batch.t[:, 0, :, 0, 0] > 0
+        return (squares * asked).sum(dim=1) / asked.sum(dim=1)
 
     # ---- judging -------------------------------------------------------------------------------------------
 
