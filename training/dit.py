@@ -29,6 +29,7 @@ from ..vidgen_core.model import VideoModel, load_text
 from ..vidgen_core.preview import fit_preview
 from ..vidgen_core.timesteps import shift_time
 from ..vidgen_core.types import Conditioning, Defaults, VideoShape
+from ..vidgen_core.weights.config import unknown_name
 from .data import detect, shapes
 from .data.latents import load_frozen_codec, open_latents
 from .data.pool import PoolSettings
@@ -64,6 +65,8 @@ class DitMixSettings:
     """of the video batches, how many are given their first latent frame clean (image to video by token replacement)"""
     text_dropout: float = 0.1
     """share of the samples with the empty prompt, for guidance"""
+    emphasis: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """attribute -> value -> how many times as often its clips are drawn; what is rare or hard is learned last"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +142,7 @@ class DitObjective(Objective):
         if recipe.compile:
             _check_compiler()
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
+        self.odds = emphasised(self.cache.scenes, recipe.mix.emphasis)
         if recipe.compile:
             # One block of each kind is compiled and serves all of them: the whole network would take far longer.
             for block in (*self.network.double_blocks, *self.network.single_blocks):
@@ -175,8 +179,8 @@ class DitObjective(Objective):
         t = t[draw.rank * share : (draw.rank + 1) * share]
         latents, captions, noises = [], [], []
         for generator in draw.samples(num):
-            index, seed, drop = torch.randint(0, 1 << 30, (3,), generator=generator).tolist()
-            index %= len(self.cache)
+            place, seed, drop = torch.randint(0, 1 << 30, (3,), generator=generator).tolist()
+            index = int(np.searchsorted(self.odds, (place + 0.5) / (1 << 30)))
             latent = self.cache.image(index) if is_image else self.cache.video(index)
             latents.append(latent)
             noises.append(torch.randn(latent.shape, generator=generator))
@@ -303,6 +307,30 @@ class DitObjective(Objective):
             description=f"trained {summary['steps']} steps in {summary['minutes']} min, seed {summary['seed']}",
         )
         log.info("Wrote %s", path)
+
+
+def emphasised(scenes: Sequence[shapes.Scene], emphasis: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    """Cumulated probabilities (N,) of drawing each scene; an attribute's factors multiply with another's.
+
+    Raises:
+        RecipeError: an unknown attribute or value, or a factor that is not a number above 0.
+    """
+    weights = np.ones(len(scenes))
+    for name, factors in emphasis.items():
+        if name not in shapes.ATTRIBUTES:
+            raise unknown_name("attribute", name, list(shapes.ATTRIBUTES), where="mix.emphasis", error=RecipeError)
+        for value, factor in factors.items():
+            if value not in shapes.ATTRIBUTES[name]:
+                known = shapes.ATTRIBUTES[name]
+                raise unknown_name(name, value, known, where=f"mix.emphasis.{name}", error=RecipeError)
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise RecipeError(
+                    "A value of the recipe cannot be used",
+                    given=f"mix.emphasis.{name}.{value} = {factor!r}",
+                    expected="a number above 0",
+                )
+            weights[[getattr(scene, name) == value for scene in scenes]] *= factor
+    return np.cumsum(weights) / weights.sum()
 
 
 def _check_compiler() -> None:
