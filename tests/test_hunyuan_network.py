@@ -303,6 +303,34 @@ def test_bfloat16_weights_stay_near_float32():
     assert relative(rounded.float(), exact) < 0.03
 
 
+@pytest.mark.parametrize("image_condition", ["none", "token_replace", "latent_concat"])
+def test_bfloat16_rounds_no_worse_than_diffusers(network_twin, image_condition):
+    """Distance from the same float32 network, over several inputs. Guidance 1 and 8 survive the rounding."""
+    channels = 9 if image_condition == "latent_concat" else 4
+    config = replace(TINY, guidance_embed=True, image_condition=image_condition, in_channels=channels)
+    network = build(config)
+    twin = network_twin(network).to(torch.bfloat16)
+    narrow = build(config).to(torch.bfloat16)
+    ours, theirs = [], []
+    for seed in range(4):
+        given = {**inputs(config, seed=seed), "guidance": torch.tensor([1.0, 8.0])}
+        with torch.no_grad():
+            exact = network(**given)
+            half = {k: v.bfloat16() if v.is_floating_point() and k != "timestep" else v for k, v in given.items()}
+            rounded = twin(
+                half["x"],
+                half["timestep"],
+                half["context"],
+                half["context_mask"],
+                half["pooled"],
+                half["guidance"] * 1000,
+                return_dict=False,
+            )[0]
+            ours.append(relative(narrow(**given).float(), exact))
+            theirs.append(relative(rounded.float(), exact))
+    assert sum(ours) <= 1.05 * sum(theirs), (ours, theirs)
+
+
 def test_parts_may_be_kept_in_float32():
     config = replace(TINY, guidance_embed=True)
     network = build(config).to(torch.bfloat16)
