@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vidgen.training.data import latents, pool
 from vidgen.training.discriminator import PatchDiscriminator, adversarial_losses
-from vidgen.training.dit import DitEvaluationSettings, DitObjective, DitRecipe
+from vidgen.training.dit import DitEvaluationSettings, DitObjective, DitRecipe, emphasised
 from vidgen.training.loop import Draw, Loop
 from vidgen.training.perceptual import PerceptualDistance
 from vidgen.training.pictures import contact_sheet
@@ -364,6 +364,32 @@ def test_batches_repeat_and_follow_the_mix(dit):
     assert torch.equal(torch.cat([half.x0 for half in halves]), one.x0)
     lengths = {dit.batch(Draw(seed=0, step=s, batch_size=2)).x0.shape[2] for s in range(30)}
     assert lengths == {1, 3}
+
+
+def test_held_batches_give_the_first_frame_and_do_not_ask_for_it(dit, monkeypatch):
+    held = replace(dit.recipe, mix=replace(dit.recipe.mix, image_share=0.0, held_share=1.0))
+    monkeypatch.setattr(dit, "recipe", held)
+    batch = dit.batch(Draw(seed=0, step=0, batch_size=8))
+    assert batch.t.shape == (8, 1, batch.x0.shape[2], 1, 1)
+    assert not batch.t[:, :, 0].any()
+    assert (batch.t[:, :, 1:] > 0).all()
+    with torch.no_grad():  # a fresh network answers 0 everywhere; what it says of the given frame does not count
+        expected = (batch.noise - batch.x0)[:, :, 1:].square().flatten(1).mean(1)
+        torch.testing.assert_close(dit.errors(batch), expected, rtol=2e-3, atol=1e-4)
+        assert "held" in dit(batch)
+
+
+def test_emphasis_draws_in_proportion(dit):
+    scenes = dit.cache.scenes
+    kinds = sorted({scene.shape for scene in scenes})
+    assert len(kinds) > 1
+    odds = np.diff(emphasised(scenes, {"shape": {kinds[0]: 3.0}}), prepend=0.0)
+    first = np.array([scene.shape == kinds[0] for scene in scenes])
+    assert np.allclose(odds[first], 3 / (3 * first.sum() + (~first).sum()))
+    assert np.allclose(odds[~first], 1 / (3 * first.sum() + (~first).sum()))
+    for wrong in ({"colr": {"red": 2.0}}, {"colour": {"rde": 2.0}}, {"colour": {"red": 0}}, {"colour": {"red": "2"}}):
+        with pytest.raises(RecipeError):
+            emphasised(scenes, wrong)
 
 
 def test_times_follow_their_distribution(dit):
