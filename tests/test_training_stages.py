@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vidgen.training.data import latents, pool
 from vidgen.training.discriminator import PatchDiscriminator, adversarial_losses
-from vidgen.training.dit import DitEvaluationSettings, DitObjective, DitRecipe, emphasised
+from vidgen.training.dit import DitEvaluationSettings, DitObjective, DitRecipe
 from vidgen.training.loop import Draw, Loop
 from vidgen.training.perceptual import PerceptualDistance
 from vidgen.training.pictures import contact_sheet
@@ -383,13 +383,13 @@ def test_emphasis_draws_in_proportion(dit):
     scenes = dit.cache.scenes
     kinds = sorted({scene.shape for scene in scenes})
     assert len(kinds) > 1
-    odds = np.diff(emphasised(scenes, {"shape": {kinds[0]: 3.0}}), prepend=0.0)
+    odds = np.diff(pool.drawing_odds(scenes, {"shape": {kinds[0]: 3.0}}), prepend=0.0)
     first = np.array([scene.shape == kinds[0] for scene in scenes])
     assert np.allclose(odds[first], 3 / (3 * first.sum() + (~first).sum()))
     assert np.allclose(odds[~first], 1 / (3 * first.sum() + (~first).sum()))
     for wrong in ({"colr": {"red": 2.0}}, {"colour": {"rde": 2.0}}, {"colour": {"red": 0}}, {"colour": {"red": "2"}}):
         with pytest.raises(RecipeError):
-            emphasised(scenes, wrong)
+            pool.drawing_odds(scenes, wrong)
 
 
 def test_times_follow_their_distribution(dit):

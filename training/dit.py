@@ -29,10 +29,9 @@ from ..vidgen_core.model import VideoModel, load_text
 from ..vidgen_core.preview import fit_preview
 from ..vidgen_core.timesteps import shift_time
 from ..vidgen_core.types import Conditioning, Defaults, VideoShape
-from ..vidgen_core.weights.config import unknown_name
 from .data import detect, shapes
 from .data.latents import load_frozen_codec, open_latents
-from .data.pool import PoolSettings
+from .data.pool import PoolSettings, drawing_odds, pick
 from .export import export_network
 from .loop import Draw, Objective, mix
 from .pictures import contact_sheet, to_pixels
@@ -142,7 +141,7 @@ class DitObjective(Objective):
         if recipe.compile:
             _check_compiler()
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
-        self.odds = emphasised(self.cache.scenes, recipe.mix.emphasis)
+        self.odds = drawing_odds(self.cache.scenes, recipe.mix.emphasis)
         if recipe.compile:
             # One block of each kind is compiled and serves all of them: the whole network would take far longer.
             for block in (*self.network.double_blocks, *self.network.single_blocks):
@@ -179,8 +178,8 @@ class DitObjective(Objective):
         t = t[draw.rank * share : (draw.rank + 1) * share]
         latents, captions, noises = [], [], []
         for generator in draw.samples(num):
-            place, seed, drop = torch.randint(0, 1 << 30, (3,), generator=generator).tolist()
-            index = int(np.searchsorted(self.odds, (place + 0.5) / (1 << 30)))
+            number, seed, drop = torch.randint(0, 1 << 30, (3,), generator=generator).tolist()
+            index = pick(self.odds, number)
             latent = self.cache.image(index) if is_image else self.cache.video(index)
             latents.append(latent)
             noises.append(torch.randn(latent.shape, generator=generator))
@@ -307,30 +306,6 @@ class DitObjective(Objective):
             description=f"trained {summary['steps']} steps in {summary['minutes']} min, seed {summary['seed']}",
         )
         log.info("Wrote %s", path)
-
-
-def emphasised(scenes: Sequence[shapes.Scene], emphasis: Mapping[str, Mapping[str, float]]) -> np.ndarray:
-    """Cumulated probabilities (N,) of drawing each scene; an attribute's factors multiply with another's.
-
-    Raises:
-        RecipeError: an unknown attribute or value, or a factor that is not a number above 0.
-    """
-    weights = np.ones(len(scenes))
-    for name, factors in emphasis.items():
-        if name not in shapes.ATTRIBUTES:
-            raise unknown_name("attribute", name, list(shapes.ATTRIBUTES), where="mix.emphasis", error=RecipeError)
-        for value, factor in factors.items():
-            if value not in shapes.ATTRIBUTES[name]:
-                known = shapes.ATTRIBUTES[name]
-                raise unknown_name(name, value, known, where=f"mix.emphasis.{name}", error=RecipeError)
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-                raise RecipeError(
-                    "A value of the recipe cannot be used",
-                    given=f"mix.emphasis.{name}.{value} = {factor!r}",
-                    expected="a number above 0",
-                )
-            weights[[getattr(scene, name) == value for scene in scenes]] *= factor
-    return np.cumsum(weights) / weights.sum()
 
 
 def _check_compiler() -> None:

@@ -25,7 +25,7 @@ from ..vidgen_core.errors import RecipeError
 from ..vidgen_core.families.hunyuan.config import CodecConfig
 from ..vidgen_core.families.hunyuan.vae import CausalVAE
 from ..vidgen_core.weights.save import save_checkpoint
-from .data.pool import PoolSettings, draw_clip, open_pool
+from .data.pool import PoolSettings, draw_clip, drawing_odds, open_pool, pick, scene_of
 from .discriminator import PatchDiscriminator, adversarial_losses
 from .loop import Draw, Objective
 from .pca import set_decoder, set_encoder, without_idle_branches
@@ -81,6 +81,8 @@ class VaeMixSettings:
     """and at its end"""
     crop_frames: int = 9
     crop_px: int = 32
+    emphasis: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """attribute -> value -> how many times as often its clips are drawn, for what blurs most"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,8 @@ class VaeObjective(Objective):
         self.vae = CausalVAE(recipe.model)
         if recipe.init is not None:
             start_from(recipe.init, "codec", self.vae, recipe.model, ignore=("scaling_factor",))
+        scenes = [scene_of(recipe.pool, index)[0] for index in range(recipe.pool.num_clips)]
+        self.odds = drawing_odds(scenes, recipe.mix.emphasis)
         self.pool = open_pool(recipe.pool, processes=recipe.run.processes)
         self.light: list[CausalVAE] = []  # in a list: it shares its parameters with ``vae`` and must not count twice
         if recipe.encoder == "pca":
@@ -220,7 +224,7 @@ class VaeObjective(Objective):
     def _sample(self, kind: Kind, generator: torch.Generator) -> Tensor:
         """uint8 (3, T, H, W), mirrored left-right half of the time."""
         mix, pool = self.recipe.mix, self.recipe.pool
-        index, t, y, x, mirror = torch.randint(0, 1 << 30, (5,), generator=generator).tolist()
+        number, t, y, x, mirror = torch.randint(0, 1 << 30, (5,), generator=generator).tolist()
         frames, side = {
             "clip": (pool.num_frames, pool.size_px),
             "crop": (mix.crop_frames, mix.crop_px),
@@ -229,7 +233,7 @@ class VaeObjective(Objective):
         t %= pool.num_frames - frames + 1
         y %= pool.size_px - side + 1
         x %= pool.size_px - side + 1
-        clip = self.pool[index % len(self.pool), :, t : t + frames, y : y + side, x : x + side]
+        clip = self.pool[pick(self.odds, number), :, t : t + frames, y : y + side, x : x + side]
         if mirror % 2:
             clip = clip[..., ::-1]
         return torch.from_numpy(clip.copy())

@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ...vidgen_core.errors import RecipeError
+from ...vidgen_core.weights.config import unknown_name
 from . import shapes
 
 log = logging.getLogger("vidgen")
@@ -74,6 +77,35 @@ def open_pool(settings: PoolSettings, *, processes: int = 1) -> np.ndarray:
         path.parent.mkdir(parents=True, exist_ok=True)
         _draw_all(settings, path, shape, processes)
     return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+
+
+def drawing_odds(scenes: Sequence[shapes.Scene], emphasis: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    """Cumulated probabilities (N,) of drawing each scene; an attribute's factors multiply with another's.
+
+    Raises:
+        RecipeError: an unknown attribute or value, or a factor that is not a number above 0.
+    """
+    weights = np.ones(len(scenes))
+    for name, factors in emphasis.items():
+        if name not in shapes.ATTRIBUTES:
+            raise unknown_name("attribute", name, list(shapes.ATTRIBUTES), where="mix.emphasis", error=RecipeError)
+        for value, factor in factors.items():
+            if value not in shapes.ATTRIBUTES[name]:
+                known = shapes.ATTRIBUTES[name]
+                raise unknown_name(name, value, known, where=f"mix.emphasis.{name}", error=RecipeError)
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise RecipeError(
+                    "A value of the recipe cannot be used",
+                    given=f"mix.emphasis.{name}.{value} = {factor!r}",
+                    expected="a number above 0",
+                )
+            weights[[getattr(scene, name) == value for scene in scenes]] *= factor
+    return np.cumsum(weights) / weights.sum()
+
+
+def pick(odds: np.ndarray, number: int) -> int:
+    """The scene that a random number from 0 to 2**30 - 1 means under these odds."""
+    return int(np.searchsorted(odds, (number + 0.5) / (1 << 30)))
 
 
 def _draw_all(settings: PoolSettings, path: Path, shape: tuple[int, ...], processes: int) -> None:
