@@ -312,6 +312,9 @@ def test_vae_starts_from_a_file(tmp_path, tiny_bundle_dir):
     objective = VaeObjective(vae_recipe(tmp_path, init=str(path), model=replace(config, scaling_factor=1.0)))
     for name, value in load_file(path).items():
         assert torch.equal(objective.vae.state_dict()[name], value.float()), name
+    assert objective.scaling_factor is None
+    frozen = vae_recipe(tmp_path, init=str(path), encoder="pca", model=replace(config, scaling_factor=1.0))
+    assert VaeObjective(frozen).scaling_factor == config.scaling_factor  # its latents are those of the file
     with pytest.raises(RecipeError, match=r"model\.latent_channels = 4"):
         VaeObjective(vae_recipe(tmp_path, init=str(path)))
     with pytest.raises(CheckpointError, match="not a"):

@@ -14,13 +14,16 @@ from ..vidgen_core.errors import RecipeError
 from ..vidgen_core.model import build_part, open_part
 
 
-def start_from(path: str | Path, part: str, module: nn.Module, config: Any, *, ignore: Collection[str] = ()) -> None:
+def start_from(path: str | Path, part: str, module: nn.Module, config: Any, *, ignore: Collection[str] = ()) -> Any:
     """Copy a checkpoint's weights into ``module``, as float32; files of every layout that the loaders know will do.
 
     Args:
         part: "network" or "codec".
         config: of ``module``; the file's must be equal.
         ignore: fields of ``config`` that may differ.
+
+    Returns:
+        the file's config.
 
     Raises:
         FileError, CheckpointError: the file cannot be read, is damaged, or is another part.
@@ -38,3 +41,4 @@ def start_from(path: str | Path, part: str, module: nn.Module, config: Any, *, i
             expected=", ".join(f"{name} = {getattr(found.config, name)!r}" for name in other),
         )
     module.load_state_dict(build_part(header, found, dtype=torch.float32).state_dict())
+    return found.config

@@ -129,8 +129,11 @@ class VaeObjective(Objective):
         self.recipe = recipe
         self._check()
         self.vae = CausalVAE(recipe.model)
+        self.scaling_factor: float | None = None
         if recipe.init is not None:
-            start_from(recipe.init, "codec", self.vae, recipe.model, ignore=("scaling_factor",))
+            start = start_from(recipe.init, "codec", self.vae, recipe.model, ignore=("scaling_factor",))
+            # With a frozen encoder the latents stay those that a transformer was trained on, their scale included.
+            self.scaling_factor = start.scaling_factor if recipe.encoder == "pca" else None
         scenes = [scene_of(recipe.pool, index)[0] for index in range(recipe.pool.num_clips)]
         self.odds = drawing_odds(scenes, recipe.mix.emphasis)
         self.pool = open_pool(recipe.pool, processes=recipe.run.processes)
@@ -295,8 +298,8 @@ class VaeObjective(Objective):
 
     def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
         """Write ``vae.safetensors`` with the scaling factor that makes latents of unit standard deviation."""
-        factor = 1 / self.latent_std(range(min(64, len(self.pool))))
-        config = replace(self.recipe.model, scaling_factor=round(factor, 6))
+        factor = self.scaling_factor or round(1 / self.latent_std(range(min(64, len(self.pool)))), 6)
+        config = replace(self.recipe.model, scaling_factor=factor)
         metadata = {f"vidgen.training.{name}": str(value) for name, value in summary.items()}
         save_checkpoint(
             folder / "vae.safetensors",
