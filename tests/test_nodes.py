@@ -51,6 +51,7 @@ WIDGETS_FOREVER = {
     "VidGenEncodeVideo": ["fit"],
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
+    "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 

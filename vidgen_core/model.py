@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify
+from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe
 from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
@@ -21,6 +24,9 @@ from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
+from .weights.lora import Lora
+
+log = logging.getLogger("vidgen")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +42,8 @@ class VideoModel:
     """of the checkpoint; a saved run is only taken up again with the same one"""
     preview: LatentRGB | None = None
     """how to show unfinished latents, if the checkpoint says so"""
+    loras: tuple[LoraUse, ...] = ()
+    """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -61,6 +69,45 @@ class VideoModel:
         clock = self.diffusion.clock(t).to(device=x_t.device, dtype=torch.float32)
         inputs = self.family.network_inputs(self.config, scaled, clock, cond)
         return self.network(**inputs).to(x_t.dtype)
+
+    def with_lora(
+        self, lora: Lora, strength: float = 1.0, *, blocks: BlockStrengths | None = None, mode: Mode = "auto"
+    ) -> VideoModel:
+        """This model with one more LoRA, around the same network, which is left alone.
+
+        Raises:
+            CheckpointError: the LoRA does not belong to this network.
+            SettingsError: a strength, a pattern of blocks or a mode that cannot be used.
+        """
+        bound = bind_to(lora, self.network, self.family.parts["network"].layouts)
+        use = LoraUse(lora=bound, strength=strength, blocks=blocks or BlockStrengths(), mode=mode)
+        log.info("%s", describe(bound))
+        unmatched = bound.report.unmatched
+        if unmatched:
+            some = ", ".join(unmatched[:4])
+            log.warning(
+                "%s: %d of %d keys belong to no module of %s and do nothing: %s",
+                *(bound.report.name, len(unmatched), bound.report.num_keys, self.family.title, some),
+            )
+        config = self.config
+        if use.widened:
+            channels = max(config.in_channels, *use.widened.values())
+            config = replace(config, in_channels=channels)
+        return replace(self, config=config, loras=(*self.loras, use))
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """The network with this model's LoRAs, for the time of the block; not to be nested."""
+        if not self.loras:
+            yield
+            return
+        before = self.network.config
+        with apply_loras(self.network, self.loras):
+            self.network.config = self.config  # a LoRA may have enlarged the input
+            try:
+                yield
+            finally:
+                self.network.config = before
 
     def conditioning(self, features: Any, *, guidance: float | None = None) -> Conditioning:
         """What the network is told for these text features; ``guidance`` None takes the checkpoint's default."""
