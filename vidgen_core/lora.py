@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .errors import SettingsError, unknown_name
 from .weights.adapters import Change, LowRank, pad_inputs
 from .weights.keymap import KeyMap
-from .weights.lora import BoundLora, Lora, ModuleNames, Patch, bind
+from .weights.lora import Lora
+from .weights.lora_names import BoundLora, ModuleNames, Patch, bind
 
 Mode = Literal["auto", "runtime", "merge"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -153,7 +154,7 @@ def module_names(network: nn.Module, layouts: Mapping[str, Any]) -> ModuleNames:
 
 
 def bind_to(lora: Lora, network: nn.Module, layouts: Mapping[str, Any]) -> BoundLora:
-    """:func:`weights.lora.bind` to a built network."""
+    """:func:`weights.lora_names.bind` to a built network."""
     return bind(lora, module_names(network, layouts))
 
 
@@ -254,7 +255,7 @@ def _apply(module: nn.Module, name: str, parts: list[_Part], wants: set[Mode], a
 
 
 def _has_plain_weight(module: nn.Module) -> bool:
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if hasattr(module, "dense_weight") or not isinstance(weight, nn.Parameter) or weight.is_meta:
         return False
     return weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -265,8 +266,9 @@ def _merged(module: nn.Module, parts: Sequence[_Part]) -> tuple[Tensor, Tensor |
     with torch.no_grad():
         stored = cast(Tensor, module.weight)
         base = stored.float()
-        widest = max((part.patch.change.shape[1] for part in parts if _widens(part.patch.change, base)), default=0)
-        base = pad_inputs(base, widest) if widest else base
+        for part in parts:
+            if part.patch.change is not None and _is_like(part.patch.change, base):
+                base = pad_inputs(base, part.patch.change.shape[1])
         total = base.clone()
         for part in parts:
             change = part.patch.change
@@ -284,14 +286,15 @@ def _merged(module: nn.Module, parts: Sequence[_Part]) -> tuple[Tensor, Tensor |
         return weight, bias.to(stored.dtype if old is None else cast(Tensor, old).dtype)
 
 
-def _widens(change: Change | None, base: Tensor) -> bool:
-    return change is not None and base.ndim > 2 and len(change.shape) == base.ndim and change.shape[1] > base.shape[1]
+def _is_like(change: Change, base: Tensor) -> bool:
+    """Both are kernels of a convolution, whose inputs may differ in number."""
+    return base.ndim > 2 and len(change.shape) == base.ndim
 
 
 def _delta(change: Change, base: Tensor) -> Tensor:
     """The difference on the base's device and in its shape; a change of fewer inputs leaves the others alone."""
     moved = change.map(lambda tensor: tensor.to(base.device))
-    narrow = base.ndim > 2 and len(change.shape) == base.ndim and change.shape[1] < base.shape[1]
+    narrow = _is_like(change, base) and change.shape[1] < base.shape[1]
     delta = moved.delta((base[:, : change.shape[1]] if narrow else base).reshape(change.shape))
     return pad_inputs(delta, base.shape[1]) if narrow else delta.reshape(base.shape)
 

@@ -170,7 +170,9 @@ class Kronecker:
         first, second = (
             factor.dense() if isinstance(factor, Product) else factor.float() for factor in (self.first, self.second)
         )
-        return self.scale * torch.kron(first.reshape(*first.shape, *(1,) * (second.ndim - first.ndim)), second)
+        # kron wants its operands laid out plainly, which an einsum does not promise.
+        first = first.reshape(*first.shape, *(1,) * (second.ndim - first.ndim))
+        return self.scale * torch.kron(first.contiguous(), second.contiguous())
 
     def rows(self, index: Tensor) -> Difference:
         """Some rows of a Kronecker product are none themselves."""

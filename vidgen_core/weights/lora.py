@@ -1,12 +1,9 @@
-"""LoRA files in every naming that people have on disk: read, matched to a network's modules, and written again.
+"""LoRA files in every spelling that people have on disk, read on their own: no network is needed here.
 
-A file is read on its own (:func:`read_lora`); only :func:`bind` needs to know a network, by its modules' names and
-shapes and its family's key maps. A name is looked up among those that the maps make of the modules, never guessed:
-``img_attn_qkv`` and ``img_attn.qkv`` are the same once the dots are gone. A projection that is fused here and split
-there becomes a change of some rows of the fused weight.
+:mod:`lora_names` matches what was read to a network, :mod:`lora_write` spells it again.
 
-The scale of up @ down, by the spelling of the names: kohya and musubi write ``alpha`` and mean alpha / rank; PEFT
-says it in metadata or beside the file and means 1 where it says nothing; Tencent's own loader reads no alpha.
+The scale of up @ down depends on the spelling: kohya and musubi write ``alpha`` and mean alpha / rank; PEFT says it
+in metadata or beside the file and means 1 where it says nothing; Tencent's own loader reads no alpha.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FileError
-from .adapters import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Product, Replacement, fuse, rank_of
+from .adapters import Change, Decomposed, Difference, Hadamard, Kronecker, LowRank, Product, Replacement
 from .header import read_header
-from .keymap import KeyMap
 from .load import read_tensors
-from .save import save_tensors
-
-# --- what is read -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +77,7 @@ _PLAIN = {
 """ending -> style, None where it does not tell"""
 
 TENCENT_PREFIX = "Hunyuan_video_I2V_lora_"
-_PEFT_RAW_PREFIX = "base_model.model."
+PEFT_RAW_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +210,7 @@ class _PeftScaling:
         try:
             if "lora_adapter_metadata" in metadata:
                 values = json.loads(metadata["lora_adapter_metadata"])
-            elif all(name.startswith(_PEFT_RAW_PREFIX) for name in names) and sidecar.is_file():
+            elif all(name.startswith(PEFT_RAW_PREFIX) for name in names) and sidecar.is_file():
                 where, values = str(sidecar), json.loads(sidecar.read_text("utf-8"))
             found = {
                 key.rpartition(".")[2]: value for key, value in values.items() if not key.startswith("text_encoder")
@@ -250,7 +243,8 @@ def _entry(
     for role, tensor in tensors.items():
         if tensor.numel() == 0 or (role == "alpha" and tensor.numel() != 1):
             raise CheckpointError(
-                f"The LoRA of {name} has a tensor of no use", given=f"{fields[role][0]} of {_shape(tensor)} in {path}"
+                f"The LoRA of {name} has a tensor of no use",
+                given=f"{fields[role][0]} of {shape_text(tensor)} in {path}",
             )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(
@@ -306,11 +300,11 @@ class _Fields:
     def _low_rank(self, scale: Callable[[int], float]) -> LowRank:
         down, up, mid = self._get("down"), self._get("up"), self._tensors.get("mid")
         if down.ndim < 2 or up.ndim < 2 or up[0, 0].numel() != 1:
-            raise self._broken(f"{_shape(down)} and {_shape(up)}", "matrices (rank, in) and (out, rank)")
+            raise self._broken(f"{shape_text(down)} and {shape_text(up)}", "matrices (rank, in) and (out, rank)")
         if up.shape[1] != down.shape[0]:
             raise self._broken(f"rank {down.shape[0]} in A and rank {up.shape[1]} in B", "one rank in both")
         if mid is not None and tuple(mid.shape[:2]) != (up.shape[1], down.shape[0]):
-            raise self._broken(f"a middle of {_shape(mid)}", f"({up.shape[1]}, {down.shape[0]}, ...)")
+            raise self._broken(f"a middle of {shape_text(mid)}", f"({up.shape[1]}, {down.shape[0]}, ...)")
         return LowRank(down=down, up=up, mid=mid, scale=scale(down.shape[0]))
 
     def _hadamard(self, scale: Callable[[int], float]) -> Hadamard:
@@ -335,7 +329,7 @@ class _Fields:
         a, b, t = self._get(left), self._get(right), self._tensors.get(core)
         ranks = (a.shape[1], b.shape[0]) if t is None else (a.shape[0], t.shape[0], b.shape[0], t.shape[1])
         if a.ndim < 2 or b.ndim < 2 or ranks[0] != ranks[1] or ranks[2:3] != ranks[3:]:
-            raise self._broken(f"{_shape(a)} and {_shape(b)} in {left} and {right}", "factors of one rank")
+            raise self._broken(f"{shape_text(a)} and {shape_text(b)} in {left} and {right}", "factors of one rank")
         return Product(left=a, right=b, core=t)
 
     def magnitude(self, shape: tuple[int, ...]) -> Tensor:
@@ -345,7 +339,7 @@ class _Fields:
         by_rows = given.ndim == 1 or given.shape[0] != 1 or shape[0] == 1
         if given.numel() == shape[0 if by_rows else 1]:
             return given.reshape(shape[0], 1, *ones) if by_rows else given.reshape(1, shape[1], *ones)
-        raise self._broken(f"a DoRA magnitude of shape {_shape(given)}", f"({shape[0]}, 1) or (1, {shape[1]})")
+        raise self._broken(f"a DoRA magnitude of shape {shape_text(given)}", f"({shape[0]}, 1) or (1, {shape[1]})")
 
     def _get(self, role: str) -> Tensor:
         if role not in self._tensors:
@@ -361,412 +355,6 @@ class _Fields:
         )
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_text(tensor: Tensor) -> str:
+    """For messages."""
     return str(tuple(tensor.shape))
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-_DOTTED_PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "unet.",
-    "model.",
-)
-_JOINED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", TENCENT_PREFIX)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a name leads: a module, and which of its rows in which order."""
-
-    module: str
-    start: int
-    length: int
-    order: Tensor | None
-    """row j of the name is row order[j] of the module; None where they follow each other"""
-
-
-class ModuleNames:
-    """Every name that a network's modules go by, and their shapes.
-
-    Args:
-        shapes: module -> shape of its weight, for all modules that have one.
-        layouts: the foreign namings of the family; they give names and say which rows a part of a fused weight is.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], layouts: Mapping[str, KeyMap]) -> None:
-        self.shapes = dict(shapes)
-        self.layouts = ("native", *layouts)
-        self._parts = {layout: _parts(self.shapes, layouts.get(layout)) for layout in self.layouts}
-        self._dotted: dict[str, _Place] = {}
-        self._joined: dict[str, _Place] = {}
-        self._layouts_of: dict[str, set[str]] = {}
-        for layout, parts in self._parts.items():
-            for place, name in ((place, name) for named in parts.values() for name, place in named):
-                old = name.removesuffix(".0") if name.endswith(".to_out.0") else name  # as old diffusers files say
-                for alias in (name, old):
-                    self._dotted.setdefault(alias, place)
-                    self._joined.setdefault(alias.replace(".", "_"), place)
-                    self._layouts_of.setdefault(alias.replace(".", "_"), set()).add(layout)
-
-    def find(self, name: str) -> tuple[_Place, set[str]] | None:
-        """Where a file's name leads, and the layouts that call it so."""
-        for bare in _bare_names(name.replace(".processor.", ".")):
-            if bare in self._dotted:
-                return self._dotted[bare], self._layouts_of[bare.replace(".", "_")]
-        for prefix in _JOINED_PREFIXES:
-            # Two underscores follow the prefix where the trainer's root module has no name.
-            bare = name.removeprefix(prefix).lstrip("_")
-            if bare != name and bare in self._joined:
-                return self._joined[bare], self._layouts_of[bare]
-        return None
-
-    def parts(self, module: str, layout: str) -> list[tuple[str, _Place]]:
-        """The names of a module in a layout, with the rows that each stands for."""
-        return self._parts[layout].get(module, [])
-
-
-def _parts(shapes: Mapping[str, tuple[int, ...]], layout: KeyMap | None) -> dict[str, list[tuple[str, _Place]]]:
-    """module -> (name, rows) of each of its parts; the numbers of the rows go through the map like a weight."""
-    parts: dict[str, list[tuple[str, _Place]]] = {}
-    for module, shape in shapes.items():
-        if layout is None:
-            parts[module] = [(module, _Place(module, 0, shape[0], None))]
-            continue
-        try:
-            foreign = layout.to_foreign({f"{module}.weight": torch.arange(shape[0])})
-        except CheckpointError:  # a map need not name every module, nor be able to cut each
-            continue
-        parts[module] = [(name.removesuffix(".weight"), _place(module, rows)) for name, rows in foreign.items()]
-    return parts
-
-
-def _place(module: str, rows: Tensor) -> _Place:
-    first = int(rows[0])
-    follows = torch.equal(rows, torch.arange(first, first + len(rows)))
-    return _Place(module, first if follows else 0, len(rows), None if follows else rows)
-
-
-def _bare_names(name: str) -> Iterator[str]:
-    """``name`` and what is left of it under each wrapper's prefix."""
-    yield name
-    for prefix in _DOTTED_PREFIXES:
-        if name.startswith(prefix):
-            yield from _bare_names(name[len(prefix) :])
-
-
-# --- matching ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patch:
-    """One change of one module, in native names and rows."""
-
-    module: str
-    change: Change | None
-    bias: Tensor | None
-    start: int
-    """first output row that it changes"""
-    length: int
-    """number of rows"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What became of a file."""
-
-    path: Path
-    digest: str
-    dialect: str
-    modules: tuple[str, ...]
-    """that it changes"""
-    unmatched: tuple[str, ...]
-    """keys of the file that belong to no module of the network"""
-    num_keys: int
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    """scale * rank, for the forms that have a rank"""
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundLora:
-    """A LoRA matched to a network."""
-
-    patches: tuple[Patch, ...]
-    report: Report
-    widened: Mapping[str, int] = field(default_factory=dict)
-    """input layers that it enlarges -> their new number of input channels"""
-
-
-def bind(lora: Lora, names: ModuleNames) -> BoundLora:
-    """Match a LoRA to a network.
-
-    Raises:
-        CheckpointError: nothing in it belongs to this network, or a change has another size than its module.
-    """
-    patches: dict[tuple[str, int, int], Patch] = {}
-    unmatched = list(lora.other_keys)
-    common = set(names.layouts)
-    for entry in lora.entries:
-        match = names.find(entry.name)
-        if match is None:
-            unmatched += entry.keys
-            continue
-        place, layouts = match
-        patch = _patch(entry, _part_of(place, entry), names.shapes[place.module], lora.path)
-        rows = patch.module, patch.start, patch.length
-        if rows in patches:
-            raise CheckpointError(
-                f"The LoRA changes {patch.module} twice",
-                given=f"{entry.name} beside another name for it in {lora.path}",
-                do="use a file that names each module once",
-            )
-        patches[rows] = patch
-        common &= layouts
-    num_keys = sum(len(entry.keys) for entry in lora.entries) + len(lora.other_keys)
-    if not patches:
-        raise CheckpointError(
-            "Nothing in this LoRA belongs to this network",
-            given=f"{lora.path} with {num_keys} keys such as {unmatched[0]}" if unmatched else str(lora.path),
-            expected="names like " + ", ".join(list(names.shapes)[:2]),
-            do=f"it looks like {looks_like(lora)}: use it with that model",
-        )
-    changes = [patch.change for patch in patches.values() if patch.change is not None]
-    layout = next((name for name in names.layouts if name in common), "mixed")
-    report = Report(
-        path=lora.path,
-        digest=lora.digest,
-        dialect=f"{lora.style}, {layout} names",
-        modules=tuple(dict.fromkeys(module for module, _, _ in patches)),
-        unmatched=tuple(unmatched),
-        num_keys=num_keys,
-        ranks=tuple(sorted({rank for change in changes if (rank := rank_of(change)) is not None})),
-        alphas=tuple(sorted({round(alpha, 6) for change in changes if (alpha := _alpha_of(change)) is not None})),
-    )
-    found = tuple(patches.values())
-    return BoundLora(patches=found, report=report, widened=_widened(found, names.shapes))
-
-
-def _part_of(place: _Place, entry: Entry) -> _Place:
-    if entry.part is None:
-        return place
-    index, count = entry.part
-    if index >= count or place.length % count or place.order is not None:
-        raise CheckpointError(
-            f"The parts of {entry.name} do not make up the module", given=f"part {index} of {count}", expected="all"
-        )
-    length = place.length // count
-    return replace(place, start=place.start + index * length, length=length)
-
-
-def _patch(entry: Entry, place: _Place, shape: tuple[int, ...], path: Path) -> Patch:
-    change, bias = entry.change, entry.bias
-    expected = (place.length, *shape[1:])
-    if change is not None and not fits(change.shape, expected):
-        raise CheckpointError(
-            f"The LoRA of {entry.name} is for a model of another size",
-            given=f"a change of {change.shape} in {path}",
-            expected=f"{expected}, as {place.module} has",
-            do="use a LoRA that was made for this model",
-        )
-    if bias is not None and tuple(bias.shape) != (place.length,):
-        raise CheckpointError(
-            f"The bias of {entry.name} is for a model of another size",
-            given=f"{_shape(bias)} in {path}",
-            expected=f"({place.length},), as {place.module} has",
-        )
-    if place.order is not None:
-        back = place.order.argsort()
-        change = None if change is None else change.rows(back)
-        bias = None if bias is None else bias[back]
-    return Patch(module=place.module, change=change, bias=bias, start=place.start, length=place.length)
-
-
-def fits(given: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a change can go onto a weight: the same shape, the same matrix, or more inputs of a convolution."""
-    if given[0] != expected[0]:
-        return False
-    if math.prod(given) == math.prod(expected):
-        return True
-    wider = len(given) == len(expected) > 2 and given[1] > expected[1]
-    return wider and given[2:] == expected[2:]
-
-
-def _widened(patches: Sequence[Patch], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    widened: dict[str, int] = {}
-    for patch in patches:
-        shape = shapes[patch.module]
-        if patch.change is not None and math.prod(patch.change.shape[1:]) > math.prod(shape[1:]):
-            widened[patch.module] = max(patch.change.shape[1], widened.get(patch.module, 0))
-    return widened
-
-
-def _alpha_of(change: Change) -> float | None:
-    inner = change.inner if isinstance(change, Decomposed) else change
-    rank = rank_of(inner)
-    return None if rank is None else getattr(inner, "scale", 1.0) * rank
-
-
-_SIGNS = (
-    # (what it looks like, parts of names that all must be there, one that must not)
-    ("a LoRA for text encoders alone", (r"^(lora_te|text_encoder)",), "unet|transformer|blocks"),
-    ("a CogVideoX LoRA", (r"attention.query_key_value",), None),
-    ("a Stable Video Diffusion LoRA", (r"temporal_transformer_blocks|time_stack",), None),
-    ("a Stable Diffusion LoRA", (r"(down|up|input|output)_blocks",), None),
-    ("a HunyuanVideo or Flux LoRA", (r"double_blocks|single_blocks|single_transformer_blocks",), None),
-    ("an LTX-Video or PixArt LoRA", (r"transformer_blocks.*attn1", r"attn2"), None),
-    ("a CogVideoX LoRA", (r"transformer_blocks.*attn1",), None),
-    ("a Stable Diffusion 3 LoRA", (r"joint_blocks",), None),
-    ("a Wan LoRA", (r"blocks[._]\d+[._](self|cross)_attn",), None),
-    ("a Mochi LoRA", (r"blocks.*qkv_x",), None),
-)
-
-
-def looks_like(lora: Lora) -> str:
-    """The family that a LoRA's names remind of, in words."""
-    names = "\n".join(entry.name for entry in lora.entries)
-    for title, signs, absent in _SIGNS:
-        here = all(re.search(sign, names, re.MULTILINE) for sign in signs)
-        if here and not (absent and re.search(absent, names)):
-            return title
-    return "a LoRA for a model that is not known here"
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dialect:
-    """One way to spell a LoRA."""
-
-    layout: str
-    """whose module names: "native" or a key of the family's layouts"""
-    prefix: str
-    joined: bool = False
-    """underscores for dots"""
-    down: str = "lora_A.weight"
-    up: str = "lora_B.weight"
-    alpha: bool = False
-    """alpha is written and heeded; else the scale goes into the factors"""
-
-
-_KOHYA: dict[str, Any] = {"joined": True, "down": "lora_down.weight", "up": "lora_up.weight"}
-
-DIALECTS: Mapping[str, Dialect] = {
-    "musubi": Dialect(layout="native", prefix="lora_unet_", alpha=True, **_KOHYA),
-    "kohya-comfy": Dialect(layout="comfy", prefix="lora_unet_", alpha=True, **_KOHYA),
-    "tencent": Dialect(layout="native", prefix=TENCENT_PREFIX, **_KOHYA),
-    "diffusion-pipe": Dialect(layout="native", prefix="transformer."),
-    "comfy": Dialect(layout="native", prefix="diffusion_model."),
-    "comfy-internal": Dialect(layout="comfy", prefix="diffusion_model."),
-    "peft": Dialect(layout="native", prefix=_PEFT_RAW_PREFIX),
-    "diffusers": Dialect(layout="diffusers", prefix="transformer."),
-    "diffusers-old": Dialect(layout="diffusers", prefix="transformer.", down="lora.down.weight", up="lora.up.weight"),
-}
-"""what :func:`write_lora` can write; :func:`read_lora` reads these and more"""
-
-
-def write_lora(
-    path: str | Path,
-    patches: Sequence[Patch],
-    names: ModuleNames,
-    dialect: str,
-    *,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write changes in one of the :data:`DIALECTS`: fused projections are cut, or put together, as it needs.
-
-    Raises:
-        CheckpointError: a change cannot be cut or put together (a DoRA by columns, replaced weights in parts).
-        FileError: the file cannot be written.
-    """
-    tensors = dialect_tensors(patches, names, dialect)
-    save_tensors(path, tensors, {"format": "pt", **(metadata or {})})
-
-
-def dialect_tensors(patches: Sequence[Patch], names: ModuleNames, dialect: str) -> dict[str, Tensor]:
-    """The tensors that :func:`write_lora` writes."""
-    form = DIALECTS[dialect]
-    by_module: dict[str, list[Patch]] = {}
-    for patch in patches:
-        by_module.setdefault(patch.module, []).append(patch)
-    tensors: dict[str, Tensor] = {}
-    for module, own in by_module.items():
-        parts = names.parts(module, form.layout)
-        if not parts:
-            raise CheckpointError(f"The layout has no name for {module}", given=dialect)
-        for name, change, bias in _repart(own, parts):
-            stem = form.prefix + (name.replace(".", "_") if form.joined else name)
-            tensors |= {f"{stem}.{end}": tensor for end, tensor in _spell(change, bias, form)}
-    return tensors
-
-
-def _repart(
-    patches: list[Patch], parts: list[tuple[str, _Place]]
-) -> Iterator[tuple[str, Change | None, Tensor | None]]:
-    """The changes of one module as changes of its named parts."""
-    ranges = {(place.start, place.length): name for name, place in parts if place.order is None}
-    if all((patch.start, patch.length) in ranges for patch in patches):
-        for patch in patches:
-            yield ranges[patch.start, patch.length], patch.change, patch.bias
-        return
-    num_rows = sum(place.length for _, place in parts)
-    changes = [(patch.start, patch.change) for patch in patches if patch.change is not None]
-    whole = fuse(changes, num_rows) if changes else None
-    biases = [(patch.start, patch.bias) for patch in patches if patch.bias is not None]
-    bias = torch.zeros(num_rows) if biases else None
-    for start, values in biases:
-        assert bias is not None
-        bias[start : start + len(values)] += values.float()
-    for name, place in parts:
-        rows = torch.arange(place.start, place.start + place.length) if place.order is None else place.order
-        complete = place.order is None and place.length == num_rows
-        change = whole if whole is None or complete else whole.rows(rows)
-        yield name, change, None if bias is None else bias[rows]
-
-
-def _spell(change: Change | None, bias: Tensor | None, form: Dialect) -> Iterator[tuple[str, Tensor]]:
-    """(ending, tensor) of one module."""
-    if isinstance(change, Decomposed):
-        yield "dora_scale", change.magnitude
-        change = change.inner
-    if isinstance(change, LowRank):
-        up = change.up if form.alpha or change.scale == 1.0 else change.scale * change.up.float()
-        yield form.down, change.down
-        yield form.up, up
-        if change.mid is not None:
-            yield "lora_mid.weight", change.mid
-        if form.alpha:
-            yield "alpha", torch.tensor(change.scale * change.rank)
-    elif isinstance(change, Hadamard):
-        for n, factor in (("1", change.first), ("2", change.second)):
-            yield from _spell_product(f"hada_w{n}", factor, f"hada_t{n}")
-        yield "alpha", torch.tensor(change.scale * change.rank)
-    elif isinstance(change, Kronecker):
-        for n, factor in (("1", change.first), ("2", change.second)):
-            if isinstance(factor, Product):
-                yield from _spell_product(f"lokr_w{n}", factor, "lokr_t2")
-            else:
-                yield f"lokr_w{n}", factor
-        if change.rank is not None:
-            yield "alpha", torch.tensor(change.scale * change.rank)
-    elif isinstance(change, Difference):
-        yield "diff", change.tensor
-    elif isinstance(change, Replacement):
-        yield "set_weight", change.tensor
-    if bias is not None:
-        yield "diff_b", bias
-
-
-def _spell_product(name: str, product: Product, core: str) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}_a", product.left
-    yield f"{name}_b", product.right
-    if product.core is not None:
-        yield core, product.core
