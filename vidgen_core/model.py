@@ -16,7 +16,7 @@ from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify
-from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe
+from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
 from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
@@ -24,7 +24,8 @@ from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
-from .weights.lora import Lora
+from .weights.lora import Lora, read_lora
+from .weights.lora_names import Report, looks_like, match
 
 log = logging.getLogger("vidgen")
 
@@ -317,24 +318,73 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
 def inspect_header(header: Header) -> dict[str, Any]:
     """:func:`inspect_file` of a header that was read already."""
     found = identify(header)
-    dtypes: dict[str, int] = {}
-    for tensor in header.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
     info: dict[str, Any] = {
-        "path": str(header.path),
         "family": found.family.name,
         "part": found.part,
         "title": found.title,
         "layout": found.layout,
+        "config": asdict(found.config),
+    } | _facts(header)
+    if found.part == "network":
+        info["defaults"] = asdict(defaults_of(header, found))
+    return info
+
+
+def _facts(header: Header) -> dict[str, Any]:
+    """What can be said of any file of tensors."""
+    dtypes: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
+    return {
+        "path": str(header.path),
         "num_parameters": header.num_parameters,
         "num_tensors": len(header.tensors),
         "num_bytes": header.num_bytes,
         "dtypes": dtypes,
         "fingerprint": header.digest,
-        "config": asdict(found.config),
         "metadata": {key: value for key, value in header.metadata.items() if "tokenizer" not in key},
     }
-    if found.part == "network":
-        info["defaults"] = asdict(defaults_of(header, found))
-    return info
+
+
+# --- LoRAs ------------------------------------------------------------------------------------------------------------
+
+
+def check_lora(path: str | Path, found: Found) -> None:
+    """Raise what :meth:`VideoModel.with_lora` would raise for a network that is known by its header alone."""
+    bind_to(read_lora(path), _unloaded(found.family, found.config), found.family.parts["network"].layouts)
+
+
+def inspect_lora(header: Header) -> dict[str, Any]:
+    """What a LoRA is: whose modules it names, in which spelling; :func:`inspect_file` for LoRAs.
+
+    Keys: path, family (None if no family here has such modules), title, dialect, num_modules, unmatched, ranks, alphas,
+    and as there num_parameters, num_tensors, num_bytes, dtypes, fingerprint, metadata.
+    """
+    lora = read_lora(header.path)
+    best: tuple[Family | None, Report | None] = None, None
+    for family in FAMILIES.values():
+        part = family.parts["network"]
+        # The published size has every module that a smaller one has.
+        report = match(lora, module_names(_unloaded(family, part.config()), part.layouts))[1]
+        if best[1] is None or len(report.modules) > len(best[1].modules):
+            best = family, report
+    family, report = best
+    assert family is not None
+    assert report is not None
+    known = bool(report.modules)
+    return {
+        "family": family.name if known else None,
+        "title": f"LoRA for {family.title}" if known else looks_like(lora),
+        "dialect": report.dialect,
+        "num_modules": len(report.modules),
+        "unmatched": list(report.unmatched),
+        "ranks": list(report.ranks),
+        "alphas": list(report.alphas),
+    } | _facts(header)
+
+
+def _unloaded(family: Family, config: Config) -> nn.Module:
+    """The network without memory, for its names and shapes."""
+    with torch.device("meta"):
+        return family.parts["network"].build(config, {})

@@ -105,6 +105,11 @@ def _parse_key(key: str) -> _Key | None:
     return _Key(name, ending, _PLAIN[ending]) if name and ending in _PLAIN else None
 
 
+def holds_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a LoRA's."""
+    return any((key := _parse_key(name)) is not None and key.style is not None for name in names)
+
+
 def read_lora(path: str | Path) -> Lora:
     """Read a LoRA: safetensors, or a ``.pt`` of plain tensors.
 

@@ -165,15 +165,17 @@ def bind(lora: Lora, names: ModuleNames) -> BoundLora:
     Raises:
         CheckpointError: nothing in it belongs to this network, or a change has another size than its module.
     """
+    found, report = match(lora, names)
+    if not found:
+        some = f" such as {report.unmatched[0]}" if report.unmatched else ""
+        raise CheckpointError(
+            "Nothing in this LoRA belongs to this network",
+            given=f"{lora.path} with {report.num_keys} keys{some}",
+            expected="names like " + ", ".join(list(names.shapes)[:2]),
+            do=f"it looks like {looks_like(lora)}: use it with that model",
+        )
     patches: dict[tuple[str, int, int], Patch] = {}
-    unmatched = list(lora.other_keys)
-    common = set(names.layouts)
-    for entry in lora.entries:
-        match = names.find(entry.name)
-        if match is None:
-            unmatched += entry.keys
-            continue
-        place, layouts = match
+    for entry, place in found:
         patch = _patch(entry, _part_of(place, entry), names.shapes[place.module], lora.path)
         rows = patch.module, patch.start, patch.length
         if rows in patches:
@@ -183,29 +185,34 @@ def bind(lora: Lora, names: ModuleNames) -> BoundLora:
                 do="use a file that names each module once",
             )
         patches[rows] = patch
-        common &= layouts
-    num_keys = sum(len(entry.keys) for entry in lora.entries) + len(lora.other_keys)
-    if not patches:
-        raise CheckpointError(
-            "Nothing in this LoRA belongs to this network",
-            given=f"{lora.path} with {num_keys} keys such as {unmatched[0]}" if unmatched else str(lora.path),
-            expected="names like " + ", ".join(list(names.shapes)[:2]),
-            do=f"it looks like {looks_like(lora)}: use it with that model",
-        )
-    changes = [patch.change for patch in patches.values() if patch.change is not None]
+    return BoundLora(
+        patches=tuple(patches.values()), report=report, widened=_widened(list(patches.values()), names.shapes)
+    )
+
+
+def match(lora: Lora, names: ModuleNames) -> tuple[list[tuple[Entry, Place]], Report]:
+    """Where each entry belongs by its name, whatever its size, and the report; for ``inspect`` and :func:`bind`."""
+    found, unmatched, common = [], list(lora.other_keys), set(names.layouts)
+    for entry in lora.entries:
+        place = names.find(entry.name)
+        if place is None:
+            unmatched += entry.keys
+            continue
+        found.append((entry, place[0]))
+        common &= place[1]
     layout = next((name for name in names.layouts if name in common), "mixed")
+    changes = [entry.change for entry, _ in found if entry.change is not None]
     report = Report(
         path=lora.path,
         digest=lora.digest,
-        dialect=f"{lora.style}, {layout} names",
-        modules=tuple(dict.fromkeys(module for module, _, _ in patches)),
+        dialect=f"{lora.style}, {layout} names" if found else lora.style,
+        modules=tuple(dict.fromkeys(place.module for _, place in found)),
         unmatched=tuple(unmatched),
-        num_keys=num_keys,
+        num_keys=sum(len(entry.keys) for entry in lora.entries) + len(lora.other_keys),
         ranks=tuple(sorted({rank for change in changes if (rank := rank_of(change)) is not None})),
         alphas=tuple(sorted({round(alpha, 6) for change in changes if (alpha := _alpha_of(change)) is not None})),
     )
-    found = tuple(patches.values())
-    return BoundLora(patches=found, report=report, widened=_widened(found, names.shapes))
+    return found, report
 
 
 def _part_of(place: Place, entry: Entry) -> Place:
