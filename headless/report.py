@@ -104,6 +104,8 @@ def _lora_lines(info: dict[str, Any]) -> Iterator[str]:
     yield f"  {info['title']}: {info['dialect']}"
     factors = (f"{name} {', '.join(f'{value:g}' for value in info[f'{name}s'])}" for name in ("rank", "alpha"))
     yield f"  changes {info['num_modules']} modules" + (", " + ", ".join(factors) if info["ranks"] else "")
+    if info["made_for"]:
+        yield f"  made for: {info['made_for']}"
     if unmatched := info["unmatched"]:
         yield f"  {len(unmatched)} tensors belong to no module that is known here, such as {unmatched[0]}"
 

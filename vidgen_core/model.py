@@ -90,6 +90,10 @@ class VideoModel:
                 "%s: %d of %d keys belong to no module of %s and do nothing: %s",
                 *(bound.report.name, len(unmatched), bound.report.num_keys, self.family.title, some),
             )
+        made_for = bound.report.made_for
+        if made_for is not None and self.family.name not in made_for.lower():
+            # Some models share names and sizes (Flux and HunyuanVideo do), so that only the file's word tells.
+            log.warning("%s says that it was made for %s, not %s", bound.report.name, made_for, self.family.title)
         config = self.config
         if use.widened:
             channels = max(config.in_channels, *use.widened.values())
@@ -358,8 +362,9 @@ def check_lora(path: str | Path, found: Found) -> None:
 def inspect_lora(header: Header) -> dict[str, Any]:
     """What a LoRA is: whose modules it names, in which spelling; :func:`inspect_file` for LoRAs.
 
-    Keys: path, family (None if no family here has such modules), title, dialect, num_modules, unmatched, ranks, alphas,
-    and as there num_parameters, num_tensors, num_bytes, dtypes, fingerprint, metadata.
+    Keys: family (None if no family here has such modules), title, dialect, num_modules, unmatched, ranks, alphas,
+    made_for (in the file's words, or None), and as there path, num_parameters, num_tensors, num_bytes, dtypes,
+    fingerprint and metadata.
     """
     lora = read_lora(header.path)
     best: tuple[Family | None, Report | None] = None, None
@@ -381,6 +386,7 @@ def inspect_lora(header: Header) -> dict[str, Any]:
         "unmatched": list(report.unmatched),
         "ranks": list(report.ranks),
         "alphas": list(report.alphas),
+        "made_for": report.made_for,
     } | _facts(header)
 
 

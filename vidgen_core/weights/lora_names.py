@@ -143,6 +143,8 @@ class Report:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     """scale * rank, for the forms that have a rank"""
+    made_for: str | None = None
+    """the base model in the file's own words"""
 
     @property
     def name(self) -> str:
@@ -211,6 +213,7 @@ def match(lora: Lora, names: ModuleNames) -> tuple[list[tuple[Entry, Place]], Re
         num_keys=sum(len(entry.keys) for entry in lora.entries) + len(lora.other_keys),
         ranks=tuple(sorted({rank for change in changes if (rank := rank_of(change)) is not None})),
         alphas=tuple(sorted({round(alpha, 6) for change in changes if (alpha := _alpha_of(change)) is not None})),
+        made_for=lora.metadata.get("modelspec.architecture") or lora.metadata.get("ss_base_model_version"),
     )
     return found, report
 
