@@ -232,6 +232,7 @@ class _Part:
 
 
 def _apply(module: nn.Module, name: str, parts: list[_Part], wants: set[Mode], applied: Applied) -> None:
+    # A hook after the call goes first of its kind, before one that may take the weight away; one before it, last.
     stored = _has_plain_weight(module)
     if "merge" in wants and not stored:
         raise SettingsError(
@@ -247,11 +248,11 @@ def _apply(module: nn.Module, name: str, parts: list[_Part], wants: set[Mode], a
             applied.exchange(module, "bias", bias)
         applied.merged.append(name)
     elif isinstance(module, nn.Linear) or hasattr(module, "dense_weight"):
-        applied.hook(module.register_forward_hook(_SideBranch(parts)))
+        applied.hook(module.register_forward_hook(_SideBranch(parts), prepend=True))
     else:  # convolutions and norms are small: they get their new weight for the time of each call
         swap = _Swap(parts)
         applied.hook(module.register_forward_pre_hook(swap.before))
-        applied.hook(module.register_forward_hook(swap.after, always_call=True))
+        applied.hook(module.register_forward_hook(swap.after, prepend=True, always_call=True))
 
 
 def _has_plain_weight(module: nn.Module) -> bool:

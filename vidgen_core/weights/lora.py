@@ -62,7 +62,7 @@ _LOW_RANK = (
     (re.compile(r"(?P<name>.+)\.lora_(?P<which>down|up|mid)\.weight"), "kohya"),
     (re.compile(r"(?P<name>.+)\.lora_(?P<which>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"), "PEFT"),
     (re.compile(r"(?P<name>.+)\.lora_(?P<which>[AB])"), "PEFT"),
-    (re.compile(r"(?P<name>.+?)[._]lora\.(?P<which>down|up)\.weight"), "old diffusers"),
+    (re.compile(r"(?P<name>.+?)[._]lora(?:_linear_layer)?\.(?P<which>down|up)\.weight"), "old diffusers"),
     (re.compile(r"(?P<name>.+)\.matrix_(?P<which>[AB])\.(?P<part>\d+)"), "SAT"),
 )
 _ROLE = {"down": "down", "A": "down", "up": "up", "B": "up", "mid": "mid"}
