@@ -246,6 +246,19 @@ QKV = "double_blocks.1.img_attn_qkv"
         # PEFT: the metadata says lora_alpha, whole or with a component's prefix
         ("transformer.double_blocks.1.img_attn_qkv.lora_{A,B}.weight", {}, {"lora_alpha": "2", "r": "4"}, 0.5),
         ("transformer.double_blocks.1.img_attn_qkv.lora_{A,B}.weight", {}, {"transformer.lora_alpha": "8"}, 2.0),
+        ("transformer.double_blocks.1.img_attn_qkv.lora_{A,B}.weight", {}, {"lora_alpha": "None"}, 1.0),
+        (
+            "transformer.double_blocks.1.img_attn_qkv.lora_{A,B}.weight",
+            {},
+            {"lora_alpha": "8", "alpha_pattern": '{"img_attn_qkv": 2}'},
+            0.5,
+        ),
+        (
+            "transformer.double_blocks.1.img_attn_qkv.lora_{A,B}.weight",
+            {},
+            {"lora_adapter_metadata": '{"transformer.r": 4, "text_encoder.lora_alpha": 1}'},
+            1.0,
+        ),
         (
             "transformer.double_blocks.1.img_attn_qkv.lora_{A,B}.weight",
             {},
@@ -652,7 +665,7 @@ def test_biases_and_norms(network: nn.Module, names: ModuleNames, tmp_path: Path
         f"{peft}.lora_B.weight": b,
         f"{peft}.lora_B.bias": randn(OUT, seed=3),
         f"{peft}.alpha": torch.tensor(2.0),
-        f"diffusion_model.{norm}.diff": randn(head, seed=4),
+        f"lycoris_{norm.replace('.', '_')}.w_norm": randn(head, seed=4),
         "diffusion_model.single_blocks.1.norm.key_norm.scale.set_weight": randn(head, seed=5),
     }
     bound = bind(saved(tmp_path / "a.safetensors", tensors), names)
@@ -1005,6 +1018,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], dict[str, str], list[str]]] = {
     "empty factor": (GOOD | {f"{STEM_QKV}.lora_A.weight": torch.zeros(0, D)}, {}, ["of no use"]),
     "alpha that is a word": (GOOD, {"lora_alpha": "high"}, ["alpha cannot be read", "number"]),
     "alpha in broken JSON": (GOOD, {"lora_adapter_metadata": "{"}, ["alpha cannot be read"]),
+    "alpha of a module in a list": (GOOD, {"alpha_pattern": "[1]"}, ["alpha cannot be read"]),
     "alpha in a list": (GOOD, {"lora_adapter_metadata": "[1]"}, ["alpha cannot be read"]),
     "no LoRA": ({"double_blocks.0.img_attn_qkv.weight": A}, {}, ["no LoRA in this file", "img_attn_qkv.weight"]),
     "two adapters": (

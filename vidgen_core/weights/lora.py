@@ -75,6 +75,8 @@ _PLAIN = {
     **dict.fromkeys(("alpha", "reshape_weight"), None),
 }
 """ending -> style, None where it does not tell"""
+_SYNONYMS = {"w_norm": "diff", "b_norm": "diff_b"}
+"""LyCORIS' endings for the weight and the bias of a norm"""
 
 TENCENT_PREFIX = "Hunyuan_video_I2V_lora_"
 PEFT_RAW_PREFIX = "base_model.model."
@@ -102,6 +104,7 @@ def _parse_key(key: str) -> _Key | None:
         if match := pattern.fullmatch(key):
             return _Key(match["name"], role, None, match["adapter"] or "default")
     name, _, ending = key.rpartition(".")
+    ending = _SYNONYMS.get(ending, ending)
     return _Key(name, ending, _PLAIN[ending]) if name and ending in _PLAIN else None
 
 
@@ -220,10 +223,12 @@ class _PeftScaling:
             found = {
                 key.rpartition(".")[2]: value for key, value in values.items() if not key.startswith("text_encoder")
             }
-            alpha = found.get("lora_alpha")
+            alpha, by_module = found.get("lora_alpha"), found.get("alpha_pattern") or {}
+            if isinstance(by_module, str):  # plain metadata holds nothing but texts
+                by_module = json.loads(by_module)
             return cls(
-                alpha=None if alpha is None else float(alpha),
-                by_module={name: float(value) for name, value in (found.get("alpha_pattern") or {}).items()},
+                alpha=None if alpha in (None, "None", "null") else float(alpha),
+                by_module={name: float(value) for name, value in by_module.items()},
                 root=str(found.get("use_rslora", False)).lower() == "true",
             )
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
