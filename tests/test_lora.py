@@ -329,6 +329,14 @@ def test_old_diffusers_names(tmp_path: Path, network: nn.Module, form: str) -> N
     assert bound.report.dialect.startswith("old diffusers")
 
 
+def test_factors_kept_as_convolutions_of_one_pixel(tmp_path: Path, network: nn.Module) -> None:
+    """As trainers for pictures write them, also for linear layers."""
+    stem = "lora_unet_double_blocks_1_img_attn_qkv"
+    tensors = {f"{stem}.lora_down.weight": A[..., None, None], f"{stem}.lora_up.weight": B[..., None, None]}
+    bound = bind_to(saved(tmp_path / "a.safetensors", tensors), network, LAYOUTS)
+    check_both_ways(network, [LoraUse(lora=bound)], {QKV: B @ A})
+
+
 def test_a_pt_file_of_plain_tensors(tmp_path: Path, network: nn.Module) -> None:
     tensors = {f"transformer.{QKV}.lora_A.weight": A, f"transformer.{QKV}.lora_B.weight": B}
     for content in (tensors, {"state_dict": tensors}):
