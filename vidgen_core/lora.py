@@ -10,8 +10,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -198,12 +199,18 @@ class Applied:
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
+        self._wrapped: list[tuple[nn.Module, Any]] = []
         self._kept: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self.merged: list[str] = []
         """modules with other weights than before; the rest is changed at run time"""
 
     def hook(self, handle: Any) -> None:
         self._hooks.append(handle)
+
+    def wrap(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Another ``forward`` until the LoRAs go. Not hooks: torch does not call them for a KeyboardInterrupt."""
+        self._wrapped.append((module, vars(module).get("forward")))
+        module.forward = forward
 
     def exchange(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Put ``value`` in the place of a parameter until the LoRAs go."""
@@ -214,6 +221,12 @@ class Applied:
         """The network is as it was, the very same parameters included. A second call does nothing."""
         while self._hooks:
             self._hooks.pop().remove()
+        while self._wrapped:
+            module, forward = self._wrapped.pop()
+            if forward is None:
+                del module.forward  # the class has its own
+            else:
+                module.forward = forward
         while self._kept:
             module, name, parameter = self._kept.pop()
             setattr(module, name, parameter)
@@ -232,7 +245,6 @@ class _Part:
 
 
 def _apply(module: nn.Module, name: str, parts: list[_Part], wants: set[Mode], applied: Applied) -> None:
-    # A hook after the call goes first of its kind, before one that may take the weight away; one before it, last.
     stored = _has_plain_weight(module)
     if "merge" in wants and not stored:
         raise SettingsError(
@@ -248,16 +260,17 @@ def _apply(module: nn.Module, name: str, parts: list[_Part], wants: set[Mode], a
             applied.exchange(module, "bias", bias)
         applied.merged.append(name)
     elif isinstance(module, nn.Linear) or hasattr(module, "dense_weight"):
+        # First of its kind: others may take the weight away.
         applied.hook(module.register_forward_hook(_SideBranch(parts), prepend=True))
     else:  # convolutions and norms are small: they get their new weight for the time of each call
-        swap = _Swap(parts)
-        applied.hook(module.register_forward_pre_hook(swap.before))
-        applied.hook(module.register_forward_hook(swap.after, prepend=True, always_call=True))
+        applied.wrap(module, partial(_with_new_weight, module, parts, module.forward))
 
 
 def _has_plain_weight(module: nn.Module) -> bool:
+    if hasattr(module, "dense_weight"):  # its weight, if it has one, is made at every look
+        return False
     weight = getattr(module, "weight", None)
-    if hasattr(module, "dense_weight") or not isinstance(weight, nn.Parameter) or weight.is_meta:
+    if not isinstance(weight, nn.Parameter) or weight.is_meta:
         return False
     return weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -353,23 +366,16 @@ class _SideBranch:
         return moved.delta(None if base is None else base.to(device).reshape(change.shape))
 
 
-class _Swap:
-    """A module has its new weight while it runs and its stored one at any other time."""
-
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self._parts = parts
-        self._during: Applied | None = None
-
-    def before(self, module: nn.Module, inputs: Any) -> None:
-        weight, bias = _merged(module, self._parts)
-        self._during = Applied()
-        self._during.exchange(module, "weight", weight)
+def _with_new_weight(
+    module: nn.Module, parts: Sequence[_Part], forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> Tensor:
+    """``forward`` while the module has its new weight; it has its stored one at any other time."""
+    weight, bias = _merged(module, parts)
+    with Applied() as during:
+        during.exchange(module, "weight", weight)
         if bias is not None:
-            self._during.exchange(module, "bias", bias)
-
-    def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._during is not None:
-            self._during.remove()
+            during.exchange(module, "bias", bias)
+        return forward(*args, **kwargs)
 
 
 def describe(lora: BoundLora) -> str:
