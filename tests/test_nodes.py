@@ -421,6 +421,8 @@ def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tin
     with pytest.raises(FileError):
         host.find("network", str(tiny_bundle_dir / "network.safetensors"))
     with pytest.raises(FileError):
+        host.find("lora", str(tiny_bundle_dir / "network.safetensors"))
+    with pytest.raises(FileError):
         host.find_model_folder(str(tiny_bundle_dir))
     with pytest.raises(FileError):
         host.find_input("missing.mp4")
