@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
     from .nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
+    from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler
     from .nodes.text import EncodePrompt
     from .nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
@@ -25,6 +26,7 @@ if __package__:
         "VidGenEncodeVideo": EncodeVideo,
         "VidGenSaveVideo": SaveVideo,
         "VidGenLoadVideo": LoadVideo,
+        "VidGenApplyLora": ApplyLora,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -39,6 +41,7 @@ if __package__:
         "VidGenEncodeVideo": "Encode Video (VidGen)",
         "VidGenSaveVideo": "Save Video (VidGen)",
         "VidGenLoadVideo": "Load Video (VidGen)",
+        "VidGenApplyLora": "Apply LoRA (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_render(commands)
-    inspect = commands.add_parser("inspect", help="say what a checkpoint or a video is")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint, a LoRA or a video is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="everything, for programs")
     inspect.set_defaults(command=_inspect)
@@ -86,6 +86,13 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--sampler", help="euler, heun, dpmpp_2m, unipc, ...")
     parser.add_argument("--schedule", help="simple, karras, linear_quadratic, ...")
     parser.add_argument("--model", help="a bundled model, or a folder with network, VAE and text encoders")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA and how strongly it acts (default 1); may be given several times",
+    )
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
     _add_common(parser)
     parser.set_defaults(command=_generate)
@@ -209,7 +216,37 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
         node["inputs"] |= {name: value for name, value in inputs.items() if value is not None}
         if class_type == "VidGenEncodePrompt" and shape.num_frames == 1:
             node["inputs"]["template"] = "image"
+    _add_loras(prompt, node_of(prompt, "VidGenSampler"), arguments.lora)
     return prompt
+
+
+def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
+    """A node for each LoRA between the loader and the sampler."""
+    inputs = prompt[sampler]["inputs"]
+    for text in loras:
+        name, strength = parse_lora(text)
+        node_id = str(max(int(key) for key in prompt) + 1)
+        prompt[node_id] = {
+            "class_type": "VidGenApplyLora",
+            "inputs": {
+                "model": inputs["model"],
+                "lora_name": name,
+                "strength": strength,
+                "mode": "auto",
+                "blocks": "",
+            },
+            "_meta": {"title": "Apply LoRA"},
+        }
+        inputs["model"] = [node_id, 0]
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """``"style.safetensors:0.8"`` -> (file, strength); without a number the strength is 1."""
+    name, colon, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if colon and name else (text, 1.0)
+    except ValueError:  # a colon of the path itself, such as that of a drive
+        return text, 1.0
 
 
 def _format(output: Path) -> str:
@@ -223,8 +260,9 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, s
     from ..nodes.host import LocalNodeHost
     from ..vidgen_core.bundle import find_parts
     from ..vidgen_core.generate import Sampling, check_prompts
+    from ..vidgen_core.lora import check_strength
     from ..vidgen_core.media import check_writable
-    from ..vidgen_core.model import defaults_of
+    from ..vidgen_core.model import check_lora, defaults_of
     from ..vidgen_core.types import VideoShape
 
     check_prompts(arguments.prompt)
@@ -248,6 +286,10 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, s
         negative_prompt=arguments.negative,
     ).resolved(defaults)
     settings.check(family.diffusion(network.config))
+    for text in arguments.lora:
+        name, strength = parse_lora(text)
+        check_strength(strength)
+        check_lora(host.find("lora", name), network)
     assert settings.negative_prompt is not None
     return shape, float(defaults.fps if arguments.fps is None else arguments.fps), settings.negative_prompt
 

@@ -22,13 +22,16 @@ FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with fp8 matrix units
 
 
 def inspection(path: Path) -> dict[str, Any]:
-    """What a checkpoint, a kept run or a video is. Raises UserError for a file that is none of them."""
+    """What a checkpoint, a LoRA, a kept run or a video is. Raises UserError for a file that is none of them."""
     if path.suffix.lower() in MEDIA:
         return _inspect_video(path)
-    from ..vidgen_core.model import inspect_header
+    from ..vidgen_core.model import inspect_header, inspect_lora
     from ..vidgen_core.weights.header import read_header
+    from ..vidgen_core.weights.lora import holds_lora
 
     header = read_header(path)
+    if holds_lora(header.tensors):
+        return {"kind": "LoRA"} | inspect_lora(header)
     if header.metadata.get("vidgen.part") == "sampler_state":
         return _inspect_run(path)
     return {"kind": "checkpoint"} | inspect_header(header)
@@ -81,8 +84,11 @@ def inspect_lines(info: dict[str, Any]) -> Iterator[str]:
         yield "  the command that began it goes on from here"
         return
     dtypes = ", ".join(f"{name} {count / info['num_parameters']:.0%}" for name, count in info["dtypes"].items())
-    layout = "" if info["layout"] == "native" else f", in the layout of {info['layout']}"
-    yield f"  {info['title']}{layout}"
+    if info["kind"] == "LoRA":
+        yield from _lora_lines(info)
+    else:
+        layout = "" if info["layout"] == "native" else f", in the layout of {info['layout']}"
+        yield f"  {info['title']}{layout}"
     yield f"  {quantity(info['num_parameters'])} parameters in {info['num_tensors']} tensors ({dtypes})"
     yield f"  {size_text(info['num_bytes'])}, fingerprint {info['fingerprint']}"
     for name in ("config", "defaults"):
@@ -92,6 +98,16 @@ def inspect_lines(info: dict[str, Any]) -> Iterator[str]:
     for key in ("title", "license", "date", "author"):
         if value := info["metadata"].get(f"modelspec.{key}"):
             yield f"  {key}: {value}"
+
+
+def _lora_lines(info: dict[str, Any]) -> Iterator[str]:
+    yield f"  {info['title']}: {info['dialect']}"
+    factors = (f"{name} {', '.join(f'{value:g}' for value in info[f'{name}s'])}" for name in ("rank", "alpha"))
+    yield f"  changes {info['num_modules']} modules" + (", " + ", ".join(factors) if info["ranks"] else "")
+    if info["made_for"]:
+        yield f"  made for: {info['made_for']}"
+    if unmatched := info["unmatched"]:
+        yield f"  {len(unmatched)} tensors belong to no module that is known here, such as {unmatched[0]}"
 
 
 def _table(values: dict[str, Any]) -> Iterator[str]:

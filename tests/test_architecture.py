@@ -39,10 +39,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "tiling": BASE | {"codec"},
     "preview": BASE | {"codec"},
     "resume": BASE | {"sampling"},
+    "lora": BASE | {"weights"},
     "families": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families.*"},
     "families.*": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families"},
     "keyframes": BASE | {"codec"},
-    "model": BASE | MATHS | PARTS | {"families", "preview"},
+    "model": BASE | MATHS | PARTS | {"families", "lora", "preview"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
     "generate": BASE | MATHS | PARTS | {"bundle", "families", "keyframes", "model", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.

@@ -463,7 +463,11 @@ def test_timestep_embedding_has_cosines_first():
 def test_patches_are_the_strided_convolution():
     embed = PatchEmbed(3, 8, (1, 2, 2))
     x = torch.randn(2, 3, 3, 4, 6)
-    torch.testing.assert_close(embed(x), embed.proj(x).flatten(2).transpose(1, 2), atol=1e-6, rtol=1e-5)
+    convolved = nn.functional.conv3d(x, embed.proj.weight, embed.proj.bias, stride=(1, 2, 2))
+    torch.testing.assert_close(embed.proj(x), convolved, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(embed(x), convolved.flatten(2).transpose(1, 2), atol=1e-6, rtol=1e-5)
+    # Tokens are views all the way: nothing is copied.
+    assert embed(x).is_contiguous()
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3), (1, 1, 1)])

@@ -51,6 +51,7 @@ WIDGETS_FOREVER = {
     "VidGenEncodeVideo": ["fit"],
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
+    "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 
@@ -419,6 +420,8 @@ def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tin
     host = hosts.current()
     with pytest.raises(FileError):
         host.find("network", str(tiny_bundle_dir / "network.safetensors"))
+    with pytest.raises(FileError):
+        host.find("lora", str(tiny_bundle_dir / "network.safetensors"))
     with pytest.raises(FileError):
         host.find_model_folder(str(tiny_bundle_dir))
     with pytest.raises(FileError):

@@ -238,7 +238,7 @@ def _sample(
     assert settings.sampler is not None
     saving = contextlib.nullcontext() if run is None else run.saved_on_failure()
     threads = using_threads(choose_threads(settings, model, shape))
-    with torch.inference_mode(), threads, watched(model.network, host), saving:
+    with torch.inference_mode(), threads, model.patched(), watched(model.network, host), saving:
         host.check_cancelled()
         host.progress("sample", 0 if state is None else state.step, len(ts) - 1)
         denoise = _denoise(model, positive, negative, settings, shape[0])
@@ -409,7 +409,9 @@ def _run_file(model: VideoModel, shape: Sequence[int], settings: Sampling, known
         return None
     outside = {"resume_path", "threads", "cfg_batched", "num_videos", "samples_at_once"}  # how, not what
     values = {key: value for key, value in asdict(settings).items() if key not in outside}
-    identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint}
+    # None rather than no LoRAs at all: runs that were kept before there were LoRAs say nothing of them.
+    loras = [use.identity for use in model.loras] or None
+    identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint, "LoRAs": loras}
     return RunFile(Path(settings.resume_path), identity)
 
 

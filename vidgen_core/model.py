@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify
+from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
 from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
@@ -21,6 +24,10 @@ from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
+from .weights.lora import Lora, read_lora
+from .weights.lora_names import Report, looks_like, match
+
+log = logging.getLogger("vidgen")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +43,8 @@ class VideoModel:
     """of the checkpoint; a saved run is only taken up again with the same one"""
     preview: LatentRGB | None = None
     """how to show unfinished latents, if the checkpoint says so"""
+    loras: tuple[LoraUse, ...] = ()
+    """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -61,6 +70,49 @@ class VideoModel:
         clock = self.diffusion.clock(t).to(device=x_t.device, dtype=torch.float32)
         inputs = self.family.network_inputs(self.config, scaled, clock, cond)
         return self.network(**inputs).to(x_t.dtype)
+
+    def with_lora(
+        self, lora: Lora, strength: float = 1.0, *, blocks: BlockStrengths | None = None, mode: Mode = "auto"
+    ) -> VideoModel:
+        """This model with one more LoRA, around the same network, which is left alone.
+
+        Raises:
+            CheckpointError: the LoRA does not belong to this network.
+            SettingsError: a strength, a pattern of blocks or a mode that cannot be used.
+        """
+        bound = bind_to(lora, self.network, self.family.parts["network"].layouts)
+        use = LoraUse(lora=bound, strength=strength, blocks=blocks or BlockStrengths(), mode=mode)
+        log.info("%s", describe(bound))
+        unmatched = bound.report.unmatched
+        if unmatched:
+            some = ", ".join(unmatched[:4])
+            log.warning(
+                "%s: %d of %d keys belong to no module of %s and do nothing: %s",
+                *(bound.report.name, len(unmatched), bound.report.num_keys, self.family.title, some),
+            )
+        made_for = bound.report.made_for
+        if made_for is not None and self.family.name not in made_for.lower():
+            # Some models share names and sizes (Flux and HunyuanVideo do), so that only the file's word tells.
+            log.warning("%s says that it was made for %s, not %s", bound.report.name, made_for, self.family.title)
+        config = self.config
+        if use.widened:
+            channels = max(config.in_channels, *use.widened.values())
+            config = replace(config, in_channels=channels)
+        return replace(self, config=config, loras=(*self.loras, use))
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """The network with this model's LoRAs, for the time of the block; not to be nested."""
+        if not self.loras:
+            yield
+            return
+        before = self.network.config
+        with apply_loras(self.network, self.loras):
+            self.network.config = self.config  # a LoRA may have enlarged the input
+            try:
+                yield
+            finally:
+                self.network.config = before
 
     def conditioning(self, features: Any, *, guidance: float | None = None) -> Conditioning:
         """What the network is told for these text features; ``guidance`` None takes the checkpoint's default."""
@@ -270,24 +322,75 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
 def inspect_header(header: Header) -> dict[str, Any]:
     """:func:`inspect_file` of a header that was read already."""
     found = identify(header)
-    dtypes: dict[str, int] = {}
-    for tensor in header.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
     info: dict[str, Any] = {
-        "path": str(header.path),
         "family": found.family.name,
         "part": found.part,
         "title": found.title,
         "layout": found.layout,
+        "config": asdict(found.config),
+    } | _facts(header)
+    if found.part == "network":
+        info["defaults"] = asdict(defaults_of(header, found))
+    return info
+
+
+def _facts(header: Header) -> dict[str, Any]:
+    """What can be said of any file of tensors."""
+    dtypes: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
+    return {
+        "path": str(header.path),
         "num_parameters": header.num_parameters,
         "num_tensors": len(header.tensors),
         "num_bytes": header.num_bytes,
         "dtypes": dtypes,
         "fingerprint": header.digest,
-        "config": asdict(found.config),
         "metadata": {key: value for key, value in header.metadata.items() if "tokenizer" not in key},
     }
-    if found.part == "network":
-        info["defaults"] = asdict(defaults_of(header, found))
-    return info
+
+
+# --- LoRAs ------------------------------------------------------------------------------------------------------------
+
+
+def check_lora(path: str | Path, found: Found) -> None:
+    """Raise what :meth:`VideoModel.with_lora` would raise for a network that is known by its header alone."""
+    bind_to(read_lora(path), _unloaded(found.family, found.config), found.family.parts["network"].layouts)
+
+
+def inspect_lora(header: Header) -> dict[str, Any]:
+    """What a LoRA is: whose modules it names, in which spelling; :func:`inspect_file` for LoRAs.
+
+    Keys: family (None if no family here has such modules), title, dialect, num_modules, unmatched, ranks, alphas,
+    made_for (in the file's words, or None), and as there path, num_parameters, num_tensors, num_bytes, dtypes,
+    fingerprint and metadata.
+    """
+    lora = read_lora(header.path)
+    best: tuple[Family | None, Report | None] = None, None
+    for family in FAMILIES.values():
+        part = family.parts["network"]
+        # The published size has every module that a smaller one has.
+        report = match(lora, module_names(_unloaded(family, part.config()), part.layouts))[1]
+        if best[1] is None or len(report.modules) > len(best[1].modules):
+            best = family, report
+    family, report = best
+    assert family is not None
+    assert report is not None
+    known = bool(report.modules)
+    return {
+        "family": family.name if known else None,
+        "title": f"LoRA for {family.title}" if known else looks_like(lora),
+        "dialect": report.dialect,
+        "num_modules": len(report.modules),
+        "unmatched": list(report.unmatched),
+        "ranks": list(report.ranks),
+        "alphas": list(report.alphas),
+        "made_for": report.made_for,
+    } | _facts(header)
+
+
+def _unloaded(family: Family, config: Config) -> nn.Module:
+    """The network without memory, for its names and shapes."""
+    with torch.device("meta"):
+        return family.parts["network"].build(config, {})

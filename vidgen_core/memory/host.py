@@ -17,8 +17,8 @@ from ..errors import Cancelled, FileError
 PARTS = ("network", "codec", "text")
 """the parts of a model, one file each: diffusion network, VAE, text encoders"""
 
-FOLDERS = {"network": "diffusion_models", "codec": "vae", "text": "text_encoders"}
-"""ComfyUI's folder of each part under ``models/``"""
+FOLDERS = {"network": "diffusion_models", "codec": "vae", "text": "text_encoders", "lora": "loras"}
+"""ComfyUI's folder of each part, and of LoRAs, under ``models/``"""
 
 
 class Host(Protocol):
@@ -45,7 +45,7 @@ class Host(Protocol):
         ...
 
     def find(self, kind: str, name: str) -> Path:
-        """The file of ``kind`` (one of :data:`PARTS`) that the user calls ``name``."""
+        """The file of ``kind`` (a key of :data:`FOLDERS`) that the user calls ``name``."""
         ...
 
 
@@ -104,10 +104,11 @@ class LocalHost:
             for place in places:
                 if place.is_file():
                     return place
+        listed = ", or one of " + ", ".join(_bundled_files(bundled)) if kind in PARTS else ""
         raise FileError(
             f"No {kind} checkpoint of this name was found",
             given=name,
-            expected="a path to a .safetensors file, or one of " + ", ".join(_bundled_files(bundled)),
+            expected=f"a path to a .safetensors file{listed}",
         )
 
 

@@ -40,18 +40,31 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t, self.frequencies).to(weight.dtype))
 
 
+class PatchConv(nn.Conv3d):
+    """A convolution whose kernel equals its stride, so that it is one matrix product: several times faster on a CPU."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, hidden_size, kernel_size=patch, stride=patch)
+        self.patch = patch
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, hidden_size, T / pt, H / ph, W / pw), as any convolution; a view of the tokens."""
+        tokens = F.linear(patchify(input, self.patch), self.weight.flatten(1), self.bias)
+        grid = [size // step for size, step in zip(input.shape[2:], self.patch, strict=True)]
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+
 class PatchEmbed(nn.Module):
     """Blocks of latents to tokens. The weight has a convolution's shape, as checkpoints store it."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch: tuple[int, int, int]) -> None:
         super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv3d(in_channels, hidden_size, kernel_size=patch, stride=patch)
+        # Called as a module, so that what listens to modules (a LoRA, offloading) hears of this one too.
+        self.proj = PatchConv(in_channels, hidden_size, patch)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, L, hidden_size); frames are outermost, then rows, then columns."""
-        # Kernel equals stride, so the convolution is one matrix product: several times faster on a CPU.
-        return F.linear(patchify(x, self.patch), self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
