@@ -148,11 +148,13 @@ def identify(header: Header) -> Found:
     raise _unknown(header)
 
 
+_LORA_MARKS = (".lora_", "lora_A", ".lokr_", ".hada_w")
+"""parts of names that only files of changes to a model have"""
+
+
 def _unknown(header: Header) -> CheckpointError:
     families = ", ".join(family.title for family in FAMILIES.values())
-    if any(
-        ".lora_" in name or name.endswith((".lokr_w1", ".hada_w1_a")) or "lora_A" in name for name in header.tensors
-    ):
+    if any(mark in name for name in header.tensors for mark in _LORA_MARKS):
         return CheckpointError(
             "This is a LoRA, which changes a model but is none",
             given=f"{header.path} with {next(iter(header.tensors))}, ...",

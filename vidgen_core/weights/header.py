@@ -124,10 +124,7 @@ def _with_scales(header: Header) -> Header:
     if not float8:
         return header
     inside = {name: scale_name(name) for name in float8 if scale_name(name) in header.tensors}
-    beside = {
-        *inside.values(),
-        *(n for n in header.tensors if n.endswith((_MARKER, *_UNUSED)) or n.endswith(f".{SCALE}")),
-    }
+    beside = {name for name in header.tensors if name.endswith((_MARKER, f".{SCALE}", *_UNUSED))}
     scales: Mapping[str, Place] = {name: header.places[scale] for name, scale in inside.items()}
     scale_file = None
     if header.container == "torch" and not scales:

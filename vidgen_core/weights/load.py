@@ -208,8 +208,7 @@ class _Mapped:
 
     def __init__(self, path: Path) -> None:
         num_bytes = path.stat().st_size
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=num_bytes)
-        self._data = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._data = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
 
     def read(self, offset: int, num_bytes: int) -> Tensor:
         if offset + num_bytes > len(self._data):
@@ -231,7 +230,7 @@ class _Plain:
         # operands are aligned differently, and a streamed block must give the bits of a resident one.
         start = offset % _ALIGNMENT
         data = torch.empty(num_bytes + start, dtype=torch.uint8)[start:]
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         self._file.seek(offset)
         done = 0
         while done < num_bytes:
@@ -272,11 +271,9 @@ def check_numbers(header: Header) -> None:
     tensors = read_tensors(header)
     for name, info in header.tensors.items():
         if info.packing is not None:
-            packed = tensors[packed_name(name, info.packing)]
-            kind = PACKINGS[info.packing]
-            samples = [
-                unpack(part.view(1, -1), info.packing) for part in _samples(packed.flatten(), kind.num_block_bytes)
-            ]
+            packed = tensors[packed_name(name, info.packing)].flatten()
+            stretches = _samples(packed, PACKINGS[info.packing].num_block_bytes)
+            samples = [unpack(part.view(1, -1), info.packing) for part in stretches]
         elif info.dtype.is_floating_point:
             samples = _samples(tensors[name].flatten() if tensors[name].is_contiguous() else tensors[name], 1)
         else:

@@ -77,7 +77,10 @@ class PackedLinear(QuantisedLinear):
 
 
 def widen(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A float8 weight as numbers, times the scale of each row. The product is taken in ``dtype``, as in Tencent's ``fp8_optimization.py``."""
+    """A float8 weight as numbers, times the scale of each row.
+
+    The product is taken in ``dtype``, as in Tencent's ``fp8_optimization.py``.
+    """
     wide = stored.to(dtype)
     return wide if scale is None else wide.mul_(scale.to(dtype).view(-1, *[1] * (wide.ndim - 1)))
 

@@ -115,7 +115,7 @@ def _place(path: Path, tensor: Tensor) -> Place:
     start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
     return Place(
         file=path,
-        offset=start + tensor.storage_offset() * tensor.dtype.itemsize,
+        offset=start + int(tensor.storage_offset()) * tensor.dtype.itemsize,
         shape=tuple(tensor.shape),
         dtype=tensor.dtype,
         stride=None if tensor.is_contiguous() else tuple(tensor.stride()),
