@@ -1,8 +1,8 @@
 """Does a published 13 B network run in the memory of a laptop? Peak memory and seconds of one real forward.
 
-A float8 checkpoint of HunyuanVideo's full size with random weights is written to a temporary folder (about 13 GB, deleted
-afterwards), loaded with block streaming, and asked once on the CPU. Loading and asking run in a process of their own, so
-that the peak is theirs.
+A float8 checkpoint of HunyuanVideo's full size with random weights is written to a temporary folder (about 13 GB,
+deleted afterwards), loaded with block streaming, and asked once on the CPU. Loading and asking run in a process of
+their own, so that the peak is theirs.
 
     python -m vidgen.benchmarks.full_size --json benchmarks/results/full_size.json
 """
@@ -45,7 +45,7 @@ NUM_TEXT_TOKENS = 64
 
 
 def write_checkpoint(path: Path, config: NetworkConfig, *, seed: int = 0) -> int:
-    """A safetensors file with Tencent's names, float8 in the blocks' linear layers with ComfyUI's scales, else bfloat16.
+    """A safetensors file with Tencent's names: float8 and ComfyUI's scales in the blocks' linear layers, else bfloat16.
 
     Returns:
         its size in bytes.
