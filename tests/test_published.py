@@ -244,7 +244,7 @@ def test_a_diffusers_folder_says_what_its_network_is_for(
 # --- float8 and GGUF --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["float8", "float8_scaled", "float8_map"])
+@pytest.mark.parametrize("kind", ["float8", "float8_scaled", "float8_noted", "float8_map"])
 def test_three_meanings_of_float8(
     published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, kind: str
 ) -> None:
@@ -341,6 +341,23 @@ def test_a_gguf_file_of_half_precision(tmp_path: Path, numbers: torch.dtype) -> 
     ):
         write()
     assert torch.equal(read_tensors(read_header(path))["w"], source)
+
+
+def test_scales_may_lie_in_another_shard(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    single = published("float8_scaled", tmp_path / "single", weights)
+    tensors = read_file(single)
+    shards = published("shards", tmp_path / "shards", dict(sorted(tensors.items(), key=lambda item: item[0][::-1])))
+    assert read_header(shards).scales.keys() == read_header(single).scales.keys()
+    first, second = (load_network(path).network.state_dict() for path in (single, shards))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def test_parts_with_scales_of_their_own_make_one_weight(
