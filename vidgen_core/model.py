@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
-from .errors import CheckpointError
+from .errors import CheckpointError, SettingsError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
 from .memory.host import available_memory
@@ -28,6 +28,9 @@ from .weights.lora import Lora, read_lora
 from .weights.lora_names import Report, looks_like, match
 
 log = logging.getLogger("vidgen")
+
+AUTO = "auto"
+"""the choice that leaves it to the checkpoint"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -212,6 +215,8 @@ def _join_contexts(conditionings: Sequence[Conditioning]) -> tuple[Tensor | None
 
 _CPU_SHARE = 0.5
 """of the free memory that weights may take as float32; the rest is for activations and the other parts"""
+_FILE_SHARE = 0.8
+"""share of the free memory that a file's weights may take"""
 _SMALL_BYTES = 2**30
 """weights that a GPU does not notice as float32"""
 
@@ -238,51 +243,128 @@ def open_part(path: str | Path, part: str) -> tuple[Header, Found]:
 
 
 def build_part(
-    header: Header, found: Found, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    header: Header,
+    found: Found,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: Sequence[str] = (),
 ) -> nn.Module:
-    """The module of an identified checkpoint with its weights; ``dtype`` None chooses for the device."""
-    part = found.family.parts[found.part]
+    """The module of an identified checkpoint with its weights.
+
+    Args:
+        dtype: None chooses for the device, and lets float8 and packed weights that are large stay as they are.
+        stream: paths of module lists whose blocks stay in the file; see ``weights.load.load_module``.
+    """
+    part, device = found.family.parts[found.part], torch.device(device)
     return load_module(
         header,
         lambda: part.build(found.config, header.metadata),
-        translate=None if found.layout == "native" else part.layouts[found.layout].to_native,
-        dtype=choose_dtype(header, torch.device(device)) if dtype is None else dtype,
+        layout=None if found.layout == "native" else part.layouts[found.layout],
+        dtype=choose_dtype(header, device, streamed=bool(stream)) if dtype is None else dtype,
         device=device,
+        keep_quantised=dtype is None and (bool(stream) or not _is_small(header, device)),
+        stream=stream,
     )
 
 
-def choose_dtype(header: Header, device: torch.device) -> torch.dtype | None:
+def choose_dtype(header: Header, device: torch.device, *, streamed: bool = False) -> torch.dtype | None:
     """The dtype to hold a checkpoint's weights in; None keeps the file's.
 
     float32 where it costs little: it is the most exact, equal on every device, and on a CPU without matrix units for
-    bfloat16 also the fastest. float8 is a way to store weights, not to compute with them.
+    bfloat16 also the fastest. float8 is a way to store weights, not to compute with them: this is the dtype of the
+    weights besides, and of the numbers that float8 and packed weights are widened to.
     """
-    dtypes = {info.dtype for info in header.tensors.values()}
-    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
-    if dtypes <= {torch.float32}:
+    if {info.dtype for info in header.tensors.values()} <= {torch.float32}:
         return None
-    if 4 * header.num_parameters <= room:
+    if _is_small(header, device) or (streamed and device.type == "cpu"):
         return torch.float32
-    return torch.bfloat16 if dtypes & {torch.float8_e4m3fn, torch.float8_e5m2} else None
+    return torch.bfloat16 if header.is_quantised else None
+
+
+def _is_small(header: Header, device: torch.device) -> bool:
+    """All of it as float32 costs little."""
+    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
+    return 4 * header.num_parameters <= room
+
+
+def must_stream(header: Header, device: torch.device | str) -> bool:
+    """Whether a checkpoint's weights, as the file has them, do not fit the free memory of the device."""
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return header.num_bytes > _FILE_SHARE * free
 
 
 def load_network(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: bool | None = False,
+    image_condition: str = AUTO,
 ) -> VideoModel:
-    """The diffusion network of a checkpoint, with the defaults it carries or its family's."""
+    """The diffusion network of a checkpoint, with the defaults it carries or its family's.
+
+    Args:
+        path: a file, a set of shards or a folder; see ``weights.header.read_header``.
+        dtype: of the weights; None chooses for the device.
+        stream: leave the blocks in the file and read each one when it runs; None does so where they do not fit.
+        image_condition: how the network is told an image, for files that do not say so themselves (text-to-video and
+            token-replace networks have the same weights): a value of the config's field, or "auto".
+    """
     header, found = open_part(path, "network")
-    return network_of(header, found, dtype=dtype, device=device)
+    found = with_image_condition(header, found, image_condition)
+    return network_of(header, found, dtype=dtype, device=device, stream=stream)
+
+
+def with_image_condition(header: Header, found: Found, choice: str) -> Found:
+    """The user's word on how an image conditions the network; "auto" takes the file's, else text to video.
+
+    Raises:
+        SettingsError: the weights do not allow it.
+    """
+    allowed = found.family.image_conditions(found.config)
+    if choice == AUTO:
+        return found
+    if choice not in allowed:
+        raise SettingsError(
+            "This network cannot be told an image in that way",
+            given=f"image_condition {choice!r} for {header.path}",
+            expected="one of " + ", ".join([AUTO, *allowed]),
+            do="leave image_condition at auto",
+        )
+    if found.is_told and choice != found.config.image_condition:
+        log.warning(
+            "%s says that its image condition is %r; used as %r because you said so.",
+            *(header.path.name, found.config.image_condition, choice),
+        )
+    return replace(found, config=replace(found.config, image_condition=choice), is_told=True)
 
 
 def network_of(
-    header: Header, found: Found, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    header: Header,
+    found: Found,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: bool | None = False,
 ) -> VideoModel:
     """:func:`load_network` of a checkpoint that is identified already."""
     preview = header.metadata.get(PREVIEW_KEY)
+    if not found.is_told:
+        log.info(
+            "%s does not say how an image guides it: taken as image_condition %r. Set it if that is wrong.",
+            *(header.path.name, found.config.image_condition),
+        )
+    if stream is None:
+        stream = must_stream(header, device)
+        if stream:
+            log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
+    blocks = found.family.blocks if stream else ()
     return VideoModel(
         family=found.family,
         config=found.config,
-        network=build_part(header, found, dtype=dtype, device=device),
+        network=build_part(header, found, dtype=dtype, device=device, stream=blocks),
         diffusion=found.family.diffusion(found.config),
         defaults=defaults_of(header, found),
         fingerprint=header.digest,
@@ -326,6 +408,7 @@ def inspect_header(header: Header) -> dict[str, Any]:
         "family": found.family.name,
         "part": found.part,
         "title": found.title,
+        "container": header.container,
         "layout": found.layout,
         "config": asdict(found.config),
     } | _facts(header)
@@ -338,7 +421,7 @@ def _facts(header: Header) -> dict[str, Any]:
     """What can be said of any file of tensors."""
     dtypes: dict[str, int] = {}
     for tensor in header.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
+        name = tensor.packing or str(tensor.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
     return {
         "path": str(header.path),

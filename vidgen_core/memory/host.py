@@ -45,7 +45,7 @@ class Host(Protocol):
         ...
 
     def find(self, kind: str, name: str) -> Path:
-        """The file of ``kind`` (a key of :data:`FOLDERS`) that the user calls ``name``."""
+        """The file or folder of ``kind`` (a key of :data:`FOLDERS`) that the user calls ``name``."""
         ...
 
 
@@ -93,7 +93,7 @@ class LocalHost:
     def find(self, kind: str, name: str) -> Path:
         """Raises FileError, with the names that exist, when there is no such file."""
         direct = Path(name).expanduser()
-        if direct.is_file():
+        if name and direct.exists():
             return direct
         bundled = bundled_models()
         # Names come from workflows of strangers as well: they must not lead out of the folders.
@@ -102,13 +102,13 @@ class LocalHost:
             places = [root / folder / name for root in self.folders for folder in (FOLDERS.get(kind, kind), "")]
             places += [bundled[model] / file] if model in bundled and file else []
             for place in places:
-                if place.is_file():
+                if name and place.exists():
                     return place
         listed = ", or one of " + ", ".join(_bundled_files(bundled)) if kind in PARTS else ""
         raise FileError(
             f"No {kind} checkpoint of this name was found",
             given=name,
-            expected=f"a path to a .safetensors file{listed}",
+            expected=f"a path to a checkpoint{listed}",
         )
 
 

@@ -19,9 +19,9 @@ from ...types import Conditioning, Grid, VideoShape
 from .. import Family, Part
 from .codec import HunyuanCodec
 from .config import DEFAULTS, CodecConfig, NetworkConfig, TextConfig
-from .keys import LAYOUTS
+from .keys import LAYOUTS, VAE_LAYOUTS
 from .network import HunyuanVideoTransformer
-from .recognise import codec_config, network_config, text_config
+from .recognise import codec_config, network_config, network_told, text_config
 from .text import TextFeatures, TextStack
 from .vae import CausalVAE
 
@@ -92,6 +92,11 @@ def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
     return f"text encoders {given[0]} and {given[1]} wide, where the network reads {wanted[0]} and {wanted[1]}"
 
 
+def _image_conditions(config: NetworkConfig) -> tuple[str, ...]:
+    """Text-to-video and token-replace networks have the same weights; only what they were trained for tells them."""
+    return ("latent_concat",) if config.image_condition == "latent_concat" else ("none", "token_replace")
+
+
 def _activation_bytes(config: NetworkConfig, shape: VideoShape) -> int:
     """Residual stream, q, k, v, attention output, the MLP's inner layer and two temporaries of each token."""
     frames = (shape.num_frames - 1) // 4 + 1
@@ -104,8 +109,10 @@ FAMILY = Family(
     name="hunyuan",
     title="HunyuanVideo",
     parts={
-        "network": Part(config=NetworkConfig, build=_build_network, recognise=network_config, layouts=LAYOUTS),
-        "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config),
+        "network": Part(
+            config=NetworkConfig, build=_build_network, recognise=network_config, layouts=LAYOUTS, told=network_told
+        ),
+        "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config, layouts=VAE_LAYOUTS),
         "text": Part(config=TextConfig, build=_build_text, recognise=text_config),
     },
     diffusion=_diffusion,
@@ -116,6 +123,7 @@ FAMILY = Family(
     grid=_grid,
     latent_channels=lambda config: config.out_channels,
     fits_text=_fits_text,
+    image_conditions=_image_conditions,
     blocks=("double_blocks", "single_blocks"),
     keep_fp32=("time_in", "vector_in", "guidance_in", "final_layer"),
     lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
