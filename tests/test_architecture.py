@@ -38,11 +38,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "text": BASE | {"weights"},
     "tiling": BASE | {"codec"},
     "preview": BASE | {"codec"},
+    "embeddings": BASE | PARTS | {"families", "text"},
     "resume": BASE | {"sampling"},
     "families": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families.*"},
     "families.*": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families"},
     "keyframes": BASE | {"codec"},
-    "model": BASE | MATHS | PARTS | {"families", "preview"},
+    "model": BASE | MATHS | PARTS | {"families", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
     "generate": BASE | MATHS | PARTS | {"bundle", "families", "keyframes", "model", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
