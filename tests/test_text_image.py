@@ -320,10 +320,7 @@ def test_a_custom_template_for_a_picture(stack: TextStack, twin: Any) -> None:
 )
 def test_templates_that_cannot_work(stack: TextStack, custom: str, with_image: bool, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        if with_image:
-            stack.encode_with_image(["a"], picture(), interleave=4, custom_template=custom)
-        else:
-            stack.encode(["a"], custom_template=custom)
+        stack.tokenize(["a"], with_image=with_image, custom_template=custom)
 
 
 def test_start_tokens_are_one() -> None:

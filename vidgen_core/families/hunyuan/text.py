@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, SettingsError
@@ -215,8 +216,18 @@ class TextStack(nn.Module):
     ) -> TextFeatures:
         """Features of ``prompts`` (B of them; an empty one is fine) on the encoders' device."""
         tokens = self.tokenize(prompts, image_mode=image_mode, custom_template=custom_template)
-        ids, mask, clip_ids = (x.to(self.device) for x in (tokens.ids, tokens.mask, tokens.clip_ids))
-        return self.features(ids, mask, clip_ids, crop_start=tokens.crop_start)
+        tokens, used = self._placed(tokens)
+        features = self.features(
+            tokens.ids[:, :used], tokens.mask[:, :used], tokens.clip_ids, crop_start=tokens.crop_start
+        )
+        return _padded(features, self.config.max_length)
+
+    def _placed(self, tokens: Tokens) -> tuple[Tokens, int]:
+        """The tokens on the encoders' device, and how many columns any row needs: padding costs as much as words, and
+        what a real token becomes does not depend on it."""
+        used = int(tokens.mask.any(dim=0).nonzero().max()) + 1
+        placed = {name: getattr(tokens, name).to(self.device) for name in ("ids", "mask", "clip_ids", "last")}
+        return replace(tokens, **placed), max(used, tokens.crop_start)
 
     @torch.no_grad()
     def encode_with_image(
@@ -267,8 +278,12 @@ class TextStack(nn.Module):
         tokens = self.tokenize(prompts, image_mode=image_mode, with_image=True, custom_template=custom_template)
         pixels = clip_pixels(image, self.vision.dims.image_size).to(self.device)
         seen = self.vision(pixels).expand(len(prompts), -1, -1)
-        tokens = replace(tokens, **{name: getattr(tokens, name).to(self.device) for name in _TENSORS})
-        return self._features_with_image(tokens, seen, interleave, template.assistant_tokens)
+        tokens, used = self._placed(tokens)
+        used = max(used, tokens.crop_start + template.assistant_tokens)
+        tokens = replace(tokens, ids=tokens.ids[:, :used], mask=tokens.mask[:, :used])
+        features = self._features_with_image(tokens, seen, interleave, template.assistant_tokens)
+        num_picture = -(-seen.shape[1] // interleave)
+        return _padded(features, num_picture + self.config.max_length - template.assistant_tokens)
 
     def _features_with_image(self, tokens: Tokens, seen: Tensor, interleave: int, num_cut: int) -> TextFeatures:
         """``seen`` (B, N, D) takes the place of the picture's token; ``num_cut`` tokens before the last one go."""
@@ -291,7 +306,14 @@ class TextStack(nn.Module):
         )
 
 
-_TENSORS = ("ids", "mask", "clip_ids", "last")
+def _padded(features: TextFeatures, length: int) -> TextFeatures:
+    """``length`` tokens, with zeros where nothing was computed."""
+    missing = length - features.context.shape[1]
+    return replace(
+        features,
+        context=F.pad(features.context, (0, 0, 0, missing)),
+        context_mask=F.pad(features.context_mask, (0, missing)),
+    )
 
 
 def _ones(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ so that anything else that is strange is still an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -45,7 +45,8 @@ class EncoderLayout:
         title: what the layout is called in messages.
         modules: native module path -> foreign one.
         blocks: foreign path of the numbered layers.
-        skip_layers: so many of the last layers are not needed.
+        whole: a name that is there in a whole file, and not among the tensors of some layers alone.
+        skip_layers: so many of the last layers of a whole file are not needed.
         unneeded: names that are known and left out; one that ends in a dot stands for all below it.
     """
 
@@ -55,30 +56,36 @@ class EncoderLayout:
         modules: Mapping[str, str],
         *,
         blocks: str,
+        whole: str,
         skip_layers: int = 0,
         unneeded: Sequence[str] = (),
     ) -> None:
         self._keys = KeyMap([Row(native, foreign) for native, foreign in modules.items()], foreign=title)
         self._block = re.compile(re.escape(blocks) + r"\.(\d+)\.")
+        self._whole = whole
         self._skip_layers = skip_layers
         self._unneeded = frozenset(name for name in unneeded if not name.endswith("."))
         self._unneeded_below = tuple(name for name in unneeded if name.endswith("."))
 
-    def is_needed(self, name: str, num_layers: int) -> bool:
-        if name in self._unneeded or name.startswith(self._unneeded_below):
-            return False
-        block = self._block.match(name)
-        return block is None or int(block[1]) < num_layers - self._skip_layers
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """The names that the encoder is made of. The last layers are known in a whole file only."""
+        names = list(names)
+        numbers = {name: int(block[1]) for name in names if (block := self._block.match(name))}
+        skip = self._skip_layers if self._whole in names else 0
+        end = max(numbers.values(), default=-1) + 1 - skip
+        return [
+            name
+            for name in names
+            if name not in self._unneeded and not name.startswith(self._unneeded_below) and numbers.get(name, -1) < end
+        ]
 
-    def needed(self, names: Sequence[str]) -> list[str]:
-        """The names of a file that its encoder is made of."""
-        blocks = [int(block[1]) for name in names if (block := self._block.match(name))]
-        num_layers = max(blocks, default=-1) + 1
-        return [name for name in names if self.is_needed(name, num_layers)]
+    def native_names(self, foreign: Iterable[str]) -> dict[str, str]:
+        """foreign name -> native name of what is needed. Raises CheckpointError for a name that nobody knows."""
+        return {name: self._keys.native_name(name) for name in self.needed(foreign)}
 
     def to_native(self, foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As ``KeyMap.to_native``, of what is needed. Raises CheckpointError for a name that nobody knows."""
-        return self._keys.to_native({name: foreign[name] for name in self.needed(list(foreign))})
+        return self._keys.to_native({name: foreign[name] for name in self.needed(foreign)})
 
 
 def _below(native: str, foreign: str, modules: Sequence[str]) -> dict[str, str]:
@@ -94,6 +101,7 @@ def _llama(title: str, path: str, *unneeded: str) -> EncoderLayout:
         title,
         _below("llama.", path, _LLAMA),
         blocks=f"{path}layers",
+        whole=f"{path}embed_tokens.weight",
         skip_layers=LlamaDims().skip_layers,
         unneeded=(f"{path}norm.weight", *_EXTRAS, *unneeded),
     )
@@ -104,6 +112,7 @@ def _clip(title: str, path: str, *unneeded: str) -> EncoderLayout:
         title,
         _below("clip.text_model.", path, _CLIP_TEXT),
         blocks=f"{path}encoder.layers",
+        whole=f"{path}embeddings.token_embedding.weight",
         unneeded=(f"{path}embeddings.position_ids", *unneeded),
     )
 
@@ -113,6 +122,7 @@ def _vision(title: str, tower: str, projector: str, *unneeded: str) -> EncoderLa
         title,
         _below("vision.vision_model.", tower, _CLIP_VISION) | _below("vision.", projector, _PROJECTOR),
         blocks=f"{tower}encoder.layers",
+        whole=f"{tower}embeddings.class_embedding",
         skip_layers=VisionDims().skip_layers,
         unneeded=(f"{tower}embeddings.position_ids", f"{tower}post_layernorm.", *unneeded),
     )
