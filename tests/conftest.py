@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -174,3 +175,94 @@ def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text=TextStack(tiny_text_config(width=32), caption_tokenizer()),
         )
     return folder
+
+
+# --- checkpoints as others publish them -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def published() -> Callable[..., Path]:
+    """Writes weights the way others do: ``published(kind, folder, tensors)`` gives the path to load.
+
+    Kinds: safetensors, shards, folder, torch, torch_bare, gguf (packed as ``packing``), float8 (a plain cast),
+    float8_scaled (ComfyUI's scales beside each weight), float8_map (Tencent's two files).
+    """
+
+    def is_linear(name: str, tensor: torch.Tensor) -> bool:
+        return "blocks" in name and name.endswith(".weight") and tensor.ndim == 2
+
+    def float8(tensors: dict[str, torch.Tensor], scaled: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        scales = {
+            name: (tensor.abs().amax().float() / 448 if scaled else torch.tensor(1.0))
+            for name, tensor in tensors.items()
+            if is_linear(name, tensor)
+        }
+        small = {name: (tensors[name] / scale).to(torch.float8_e4m3fn) for name, scale in scales.items()}
+        return {**tensors, **small}, scales
+
+    def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+        from safetensors.torch import save_file
+
+        files = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+        where = {name: files[index % 3] for index, name in enumerate(tensors)}
+        for file in files:
+            save_file({name: tensor for name, tensor in tensors.items() if where[name] == file}, folder / file)
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        return index
+
+    def write_gguf(path: Path, tensors: dict[str, torch.Tensor], packing: str, architecture: str) -> Path:
+        import gguf
+
+        writer = gguf.GGUFWriter(path, architecture)
+        for name, tensor in tensors.items():
+            kind = gguf.GGMLQuantizationType[packing if is_linear(name, tensor) else "F32"]
+            if tensor.ndim > 4:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+                tensor = tensor.flatten(1)
+            data = gguf.quants.quantize(tensor.float().numpy(), kind)
+            writer.add_tensor(name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    def write(
+        kind: str,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        *,
+        packing: str = "Q8_0",
+        architecture: str = "hyvid",
+    ) -> Path:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        single, torch_file = folder / "model.safetensors", folder / "model.pt"
+        if kind in ("shards", "folder"):
+            index = write_shards(folder, tensors)
+            return index if kind == "shards" else folder
+        if kind == "gguf":
+            return write_gguf(folder / "model.gguf", tensors, packing, architecture)
+        if kind in ("torch", "torch_bare"):
+            torch.save({"module": tensors} if kind == "torch" else tensors, torch_file)
+            return torch_file
+        if kind == "float8_map":
+            small, scales = float8(tensors, scaled=True)
+            torch.save({"module": small}, torch_file)
+            layers = {name.removesuffix(".weight"): scale.reshape(1) for name, scale in scales.items()}
+            torch.save(layers, folder / "model_map.pt")
+            return torch_file
+        if kind.startswith("float8"):
+            tensors, scales = float8(tensors, scaled=kind == "float8_scaled")
+            if kind == "float8_scaled":
+                tensors |= {name.removesuffix("weight") + "scale_weight": scale for name, scale in scales.items()}
+                tensors["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+        else:
+            assert kind == "safetensors", kind
+        save_file(tensors, single)
+        return single
+
+    return write

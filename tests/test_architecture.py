@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "sampling": BASE | {"diffusion", "noise", "timesteps"},
     "codec": BASE,
     "memory": BASE,
-    "weights": BASE,
+    "weights": BASE | {"memory"},
     "media": BASE | {"weights"},
     "nn": BASE,
     "text": BASE | {"weights"},

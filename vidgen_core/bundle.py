@@ -71,7 +71,8 @@ def load_bundle(
     headers, found = find_parts(source)
     for header in {header.path: header for header in headers.values()}.values():
         host.make_room(header.num_bytes)
-    text = text_of(_text_files(headers, found), dtype=dtype, device=device)  # first: it may lack a tokenizer
+    # First, because it may lack a tokenizer.
+    text = text_of(_text_files(headers, found), dtype=dtype, device=device, stream=None)
     codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
     family = found["codec"].family
     return Bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
-from .errors import CheckpointError
+from .errors import CheckpointError, SettingsError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
@@ -22,6 +23,11 @@ from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
+
+log = logging.getLogger("vidgen")
+
+AUTO = "auto"
+"""the choice that leaves it to the checkpoint"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,6 +167,8 @@ def _join_contexts(conditionings: Sequence[Conditioning]) -> tuple[Tensor | None
 
 _CPU_SHARE = 0.5
 """of the free memory that weights may take as float32; the rest is for activations and the other parts"""
+_FILE_SHARE = 0.8
+"""share of the free memory that a file's weights may take"""
 _SMALL_BYTES = 2**30
 """weights that a GPU does not notice as float32"""
 
@@ -187,51 +195,128 @@ def open_part(path: str | Path, part: str) -> tuple[Header, Found]:
 
 
 def build_part(
-    header: Header, found: Found, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    header: Header,
+    found: Found,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: Sequence[str] = (),
 ) -> nn.Module:
-    """The module of an identified checkpoint with its weights; ``dtype`` None chooses for the device."""
-    part = found.family.parts[found.part]
+    """The module of an identified checkpoint with its weights.
+
+    Args:
+        dtype: None chooses for the device, and lets float8 and packed weights that are large stay as they are.
+        stream: paths of module lists whose blocks stay in the file; see ``weights.load.load_module``.
+    """
+    part, device = found.family.parts[found.part], torch.device(device)
     return load_module(
         header,
         lambda: part.build(found.config, header.metadata),
-        translate=None if found.layout == "native" else part.layouts[found.layout].to_native,
-        dtype=choose_dtype(header, torch.device(device)) if dtype is None else dtype,
+        layout=None if found.layout == "native" else part.layouts[found.layout],
+        dtype=choose_dtype(header, device, streamed=bool(stream)) if dtype is None else dtype,
         device=device,
+        keep_quantised=dtype is None and (bool(stream) or not _is_small(header, device)),
+        stream=stream,
     )
 
 
-def choose_dtype(header: Header, device: torch.device) -> torch.dtype | None:
+def choose_dtype(header: Header, device: torch.device, *, streamed: bool = False) -> torch.dtype | None:
     """The dtype to hold a checkpoint's weights in; None keeps the file's.
 
     float32 where it costs little: it is the most exact, equal on every device, and on a CPU without matrix units for
-    bfloat16 also the fastest. float8 is a way to store weights, not to compute with them.
+    bfloat16 also the fastest. float8 is a way to store weights, not to compute with them: this is the dtype of the
+    weights besides, and of the numbers that float8 and packed weights are widened to.
     """
-    dtypes = {info.dtype for info in header.tensors.values()}
-    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
-    if dtypes <= {torch.float32}:
+    if {info.dtype for info in header.tensors.values()} <= {torch.float32}:
         return None
-    if 4 * header.num_parameters <= room:
+    if _is_small(header, device) or (streamed and device.type == "cpu"):
         return torch.float32
-    return torch.bfloat16 if dtypes & {torch.float8_e4m3fn, torch.float8_e5m2} else None
+    return torch.bfloat16 if header.is_quantised else None
+
+
+def _is_small(header: Header, device: torch.device) -> bool:
+    """All of it as float32 costs little."""
+    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
+    return 4 * header.num_parameters <= room
+
+
+def must_stream(header: Header, device: torch.device | str) -> bool:
+    """Whether a checkpoint's weights, as the file has them, do not fit the free memory of the device."""
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return header.num_bytes > _FILE_SHARE * free
 
 
 def load_network(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: bool | None = False,
+    image_condition: str = AUTO,
 ) -> VideoModel:
-    """The diffusion network of a checkpoint, with the defaults it carries or its family's."""
+    """The diffusion network of a checkpoint, with the defaults it carries or its family's.
+
+    Args:
+        path: a file, a set of shards or a folder; see ``weights.header.read_header``.
+        dtype: of the weights; None chooses for the device.
+        stream: leave the blocks in the file and read each one when it runs; None does so where they do not fit.
+        image_condition: how the network is told an image, for files that do not say so themselves (text-to-video and
+            token-replace networks have the same weights): a value of the config's field, or "auto".
+    """
     header, found = open_part(path, "network")
-    return network_of(header, found, dtype=dtype, device=device)
+    found = with_image_condition(header, found, image_condition)
+    return network_of(header, found, dtype=dtype, device=device, stream=stream)
+
+
+def with_image_condition(header: Header, found: Found, choice: str) -> Found:
+    """The user's word on how an image conditions the network; "auto" takes the file's, else text to video.
+
+    Raises:
+        SettingsError: the weights do not allow it.
+    """
+    allowed = found.family.image_conditions(found.config)
+    if choice == AUTO:
+        if allowed and not found.is_told:
+            log.info(
+                "%s does not say whether it is an image-to-video network: taken as %r. Choose image_condition if not.",
+                *(header.path.name, found.config.image_condition),
+            )
+        return found
+    if choice not in allowed:
+        raise SettingsError(
+            "This network cannot be told an image in that way",
+            given=f"image_condition {choice!r} for {header.path}",
+            expected="one of " + ", ".join([AUTO, *allowed]),
+            do="leave image_condition at auto",
+        )
+    if found.is_told and choice != found.config.image_condition:
+        log.warning(
+            "%s says that its image condition is %r; used as %r because you said so.",
+            *(header.path.name, found.config.image_condition, choice),
+        )
+    return replace(found, config=replace(found.config, image_condition=choice), is_told=True)
 
 
 def network_of(
-    header: Header, found: Found, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    header: Header,
+    found: Found,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stream: bool | None = False,
 ) -> VideoModel:
     """:func:`load_network` of a checkpoint that is identified already."""
     preview = header.metadata.get(PREVIEW_KEY)
+    if stream is None:
+        stream = must_stream(header, device)
+        if stream:
+            log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
+    blocks = found.family.blocks if stream else ()
     return VideoModel(
         family=found.family,
         config=found.config,
-        network=build_part(header, found, dtype=dtype, device=device),
+        network=build_part(header, found, dtype=dtype, device=device, stream=blocks),
         diffusion=found.family.diffusion(found.config),
         defaults=defaults_of(header, found),
         fingerprint=header.digest,
@@ -258,6 +343,7 @@ def load_text(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     tokenizers: TokenizerPlaces | None = None,
+    stream: bool | None = False,
 ) -> nn.Module:
     """The text encoders of one file or several; ``encode(prompts)`` gives features.
 
@@ -265,12 +351,14 @@ def load_text(
         paths: one combined file, or LLaMA's, CLIP's and, for prompts with a picture, the image encoder's, in any
             order. A whole LLaVA in one file counts as LLaMA and image encoder.
         tokenizers: where to look for tokenizers that are not in the files.
+        stream: leave LLaMA's layers in the file and read each one when it runs; None does so where they do not fit.
 
     Raises:
         FileError, CheckpointError: a file is no text encoder, an encoder is missing or there twice, or a tokenizer is
             not found. All of this is said before any weights are read.
     """
-    return text_of(open_text([read_header(path) for path in paths]), dtype=dtype, device=device, tokenizers=tokenizers)
+    files = open_text([read_header(path) for path in paths])
+    return text_of(files, dtype=dtype, device=device, tokenizers=tokenizers, stream=stream)
 
 
 TextFiles = Mapping[str, tuple[Header, Found]]
@@ -335,13 +423,18 @@ def text_of(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     tokenizers: TokenizerPlaces | None = None,
+    stream: bool | None = False,
 ) -> nn.Module:
     """:func:`load_text` of files that are identified already."""
     config = text_config_of(files)
     family = next(iter(files.values()))[1].family
     headers = {part: header for part, (header, _) in files.items()}
     found = family.text.tokenizers(config, headers, tokenizers or TokenizerPlaces())
-    modules = {part: build_part(*file, dtype=dtype, device=device) for part, file in files.items()}
+    modules = {}
+    for part, (header, item) in files.items():
+        streamed = must_stream(header, device) if stream is None else stream
+        blocks = family.text.blocks.get(part, ()) if streamed else ()
+        modules[part] = build_part(header, item, dtype=dtype, device=device, stream=blocks)
     stack = family.text.join(config, modules, found)
     stack.fingerprint = "+".join(dict.fromkeys(header.digest for header in headers.values()))  # type: ignore[assignment]
     return stack
@@ -361,13 +454,14 @@ def inspect_header(header: Header) -> dict[str, Any]:
     found = identify(header)
     dtypes: dict[str, int] = {}
     for tensor in header.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
+        name = tensor.packing or str(tensor.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + tensor.num_elements
     info: dict[str, Any] = {
         "path": str(header.path),
         "family": found.family.name,
         "part": found.part,
         "title": found.title,
+        "container": header.container,
         "layout": found.layout,
         "num_parameters": header.num_parameters,
         "num_tensors": len(header.tensors),

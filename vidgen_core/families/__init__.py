@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import CheckpointError
 from ..types import Defaults
 from ..weights.config import config_from_json, unknown_name
+from ..weights.layout import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,12 +51,6 @@ class TextEncoder(Protocol):
     ) -> Any: ...
 
 
-class Layout(Protocol):
-    """A foreign naming of the same weights; ``weights.keymap.KeyMap`` is one."""
-
-    def to_native(self, foreign: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """How one part (network, codec or text) comes from its config and header."""
@@ -68,6 +63,8 @@ class Part:
     """config from native names and shapes, for files without our metadata; None when it is something else"""
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """foreign namings that can be translated to the native one"""
+    told: Callable[[Config, Mapping[str, str]], tuple[Config, bool]] | None = None
+    """(config from shapes, metadata of a published file) -> (config, whether the file named its image condition)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +79,8 @@ class TextAssembly:
     """(text config, file by part, where to look) -> what ``join`` takes; FileError or CheckpointError without them"""
     join: Callable[[Config, Mapping[str, nn.Module], Any], nn.Module]
     """(text config, module by part, tokenizers) -> the text encoder"""
+    blocks: Mapping[str, tuple[str, ...]]
+    """by part: paths of the module lists whose blocks may stay in the file"""
     stranger: Callable[[Shapes], str | None]
     """what a file is that holds no encoder of this family, if that can be told"""
 
@@ -111,6 +110,8 @@ class Family:
     """channels of the latents the network denoises (its input may have more)"""
     fits_text: Callable[[Config, Config], str | None]
     """(network config, text config) -> why they do not belong together, or None"""
+    image_conditions: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    """values of the network config's ``image_condition`` that the weights allow; empty without such a field"""
     blocks: tuple[str, ...]
     """module lists in the order they run, for streaming"""
     keep_fp32: tuple[str, ...]
@@ -151,6 +152,8 @@ class Found:
     config: Config
     layout: str
     """``"native"`` or a key of ``Part.layouts``"""
+    is_told: bool = True
+    """the file itself says how an image conditions the network; else that is an assumption"""
 
     @property
     def title(self) -> str:
@@ -166,13 +169,7 @@ def identify(header: Header) -> Found:
     found = identify_parts(header)
     if found:
         return found[0]
-    some = ", ".join(list(header.tensors)[:3]) or "no tensors at all"
-    raise CheckpointError(
-        "This checkpoint is not of a family that is supported",
-        given=f"{header.path} with {len(header.tensors)} tensors ({some}, ...)",
-        expected="a network, VAE or text encoder of " + ", ".join(f.title for f in FAMILIES.values()),
-        do="pick another file; LoRA and ControlNet files are not checkpoints",
-    )
+    raise _unknown(header)
 
 
 def identify_parts(header: Header) -> list[Found]:
@@ -184,14 +181,43 @@ def identify_parts(header: Header) -> list[Found]:
     if "vidgen.family" in header.metadata:
         return [_from_metadata(header)]
     for family in FAMILIES.values():
-        found = []
-        for name, part in family.parts.items():
-            known = _recognise(part, header)
-            if known is not None:
-                found.append(Found(family=family, part=name, config=known[0], layout=known[1]))
+        named = [(name, part, _recognise(part, header)) for name, part in family.parts.items()]
+        found = [_found(family, name, part, known, header) for name, part, known in named if known is not None]
         if found:
             return found
     return []
+
+
+def _found(family: Family, name: str, part: Part, known: tuple[Config, str], header: Header) -> Found:
+    config, layout = known
+    is_told = True
+    if part.told is not None:
+        config, is_told = part.told(config, header.metadata)
+    return Found(family=family, part=name, config=config, layout=layout, is_told=is_told)
+
+
+_LORA_MARKS = (".lora_", "lora_A", ".lokr_", ".hada_w")
+"""parts of names that only files of changes to a model have"""
+
+
+def _unknown(header: Header) -> CheckpointError:
+    families = ", ".join(family.title for family in FAMILIES.values())
+    if any(mark in name for name in header.tensors for mark in _LORA_MARKS):
+        return CheckpointError(
+            "This is a LoRA, which changes a model but is none",
+            given=f"{header.path} with {next(iter(header.tensors))}, ...",
+            expected=f"a network, VAE or text encoder of {families}",
+            do="load the model itself here, and apply the LoRA to it",
+        )
+    some = ", ".join(list(header.tensors)[:3]) or "no tensors at all"
+    architecture = header.metadata.get("gguf.general.architecture")
+    of = f" of the architecture {architecture!r}" if architecture else ""
+    return CheckpointError(
+        "This checkpoint is not of a family that is supported",
+        given=f"{header.path}{of} with {len(header.tensors)} tensors ({some}, ...)",
+        expected=f"a network, VAE or text encoder of {families}",
+        do="pick another file; LoRA and ControlNet files are not checkpoints",
+    )
 
 
 def _from_metadata(header: Header) -> Found:

@@ -1,115 +1,77 @@
-"""What a safetensors file holds, read without loading a tensor: names, shapes, dtypes, metadata.
+"""What a checkpoint holds, read without loading a tensor: names, shapes, dtypes, metadata.
 
-The format: 8 bytes little-endian length N, N bytes of JSON, then the tensors' bytes. The JSON maps a
-name to ``{"dtype", "shape", "data_offsets"}`` and ``__metadata__`` to a dict of strings
-(https://github.com/huggingface/safetensors#format).
+One file of any kind, a set of shards, or a folder with either. What a file is follows from its first bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import json
-import math
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import BinaryIO
 
 from ..errors import CheckpointError, FileError
+from .gguf_file import read_gguf
+from .records import FLOAT8, SCALE, Header, Place, TensorInfo, scale_name
+from .safetensors_file import DTYPES, read_safetensors
+from .shards import CONFIG_KEY, complete_set, config_text
+from .torch_file import map_file, read_scale_map, read_torch
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+__all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PROBE_BYTES = 65_536
+_MARKER = "scaled_fp8"
+"""an empty tensor by which ComfyUI's files say that they have scales"""
+_UNUSED = (".scale_input", ".input_scale")
+"""scales of activations, for multiplying in float8; here weights are widened instead"""
 
 # How other files begin, what they are, and what to do about them.
 _OTHER_FORMATS: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive, most likely a PyTorch .pt/.ckpt checkpoint", "convert it to safetensors first"),
-    (b"\x80\x02", "a pickled PyTorch checkpoint (.pt, .ckpt, .bin)", "convert it to safetensors first"),
+    (b"\x80\x02", "a pickled PyTorch checkpoint of the old kind", "save it again with a current torch"),
     (b"\x80\x04", "a pickle file", "convert it to safetensors first"),
-    (b"GGUF", "a GGUF file", "use the safetensors version of this checkpoint"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull` or download the file"),
     (b"<!doctype", "a web page saved in place of the file", "download the file itself, not its page"),
     (b"<html", "a web page saved in place of the file", "download the file itself, not its page"),
-    (b"\x93NUMPY", "a NumPy array", "pick the .safetensors checkpoint"),
-    (b"\x89PNG", "a PNG picture", "pick the .safetensors checkpoint"),
-    (b"\xff\xd8\xff", "a JPEG picture", "pick the .safetensors checkpoint"),
+    (b"\x93NUMPY", "a NumPy array", "pick the checkpoint itself"),
+    (b"\x89PNG", "a PNG picture", "pick the checkpoint itself"),
+    (b"\xff\xd8\xff", "a JPEG picture", "pick the checkpoint itself"),
 )
 
 
-class TensorInfo(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """The table of contents of one checkpoint file."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    num_bytes: int
-    """size of the file"""
-    digest: str
-    """fingerprint of the checkpoint: its header and probes of its data (not a full hash: files have 26 GB)"""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self.tensors.items()}
-
-    def meta_tensors(self) -> dict[str, Tensor]:
-        """Tensors without data, to try a translation of names on."""
-        return {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in self.tensors.items()}
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(info.num_elements for info in self.tensors.values())
-
-
 def read_header(path: str | Path) -> Header:
-    """Read the header of a safetensors file.
+    """Read what a checkpoint holds; no tensor is read.
+
+    Args:
+        path: a .safetensors, a torch file (.pt, .ckpt, .bin), a GGUF file, the index of a set of shards, one of the
+            shards, or a folder that holds one of these (as diffusers' ``transformer/``).
 
     Raises:
-        FileError: the file is missing, a folder, or cannot be read.
-        CheckpointError: it is another kind of file, or it is damaged or cut short.
+        FileError: the file is missing, a folder without a checkpoint, or cannot be read.
+        CheckpointError: it is another kind of file, it is damaged or cut short, or shards are missing.
     """
     path = Path(path)
+    with _readable(path):
+        files = complete_set(path)
+        headers = [_read_file(file) for file in files]
+        config = config_text(files[0].parent) if path.is_dir() or len(files) > 1 else None
+    header = headers[0] if len(headers) == 1 else _union(path, headers)
+    if config is None:
+        return header
+    return replace(header, metadata={CONFIG_KEY: config, **header.metadata})
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of the file system as ours."""
     try:
-        with path.open("rb") as file:
-            return _parse(path, file)
+        yield
     except FileNotFoundError:
         raise FileError("The checkpoint does not exist", given=path, do="check the path") from None
-    except IsADirectoryError:
-        raise FileError("A folder was given where one file is needed", given=path, do="name a file inside it") from None
     except PermissionError:
         raise FileError("The checkpoint may not be read", given=path, do="check the file's permissions") from None
     except OSError as error:
@@ -118,100 +80,86 @@ def read_header(path: str | Path) -> Header:
         raise FileError(f"The checkpoint cannot be read ({error.strerror})", given=path) from error
 
 
-def _parse(path: Path, file: BinaryIO) -> Header:
-    num_bytes = file.seek(0, 2)
-    file.seek(0)
-    start = file.read(8)
-    if num_bytes == 0:
-        raise CheckpointError("The file is empty", given=path, do="download or export it again")
-    _refuse_other_formats(path, start + file.read(56))
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 2 <= length <= _MAX_HEADER_BYTES:
-        raise CheckpointError("This is not a safetensors file", given=path, expected="a .safetensors checkpoint")
-    if 8 + length > num_bytes:
-        raise _truncated(path, have=num_bytes, need=8 + length)
-    file.seek(8)
-    raw = file.read(length)
-    entries = _decode_json(path, raw)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _damaged(path, "its metadata is not a table")
-    tensors, end = _tensor_table(path, entries)
-    if 8 + length + end != num_bytes:
-        if 8 + length + end > num_bytes:
-            raise _truncated(path, have=num_bytes, need=8 + length + end)
-        raise _damaged(path, f"it has {num_bytes - 8 - length - end} bytes more than its header lists")
-    return Header(
-        path=path,
-        tensors=tensors,
-        metadata={str(key): str(value) for key, value in metadata.items()},
-        num_bytes=num_bytes,
-        digest=_digest(raw, file, 8 + length, num_bytes),
+def _read_file(path: Path) -> Header:
+    with path.open("rb") as file:
+        num_bytes = file.seek(0, 2)
+        file.seek(0)
+        start = file.read(64)
+        if num_bytes == 0:
+            raise CheckpointError("The file is empty", given=path, do="download or export it again")
+        _refuse_other_formats(path, start)
+        if start.startswith(b"PK\x03\x04"):
+            container, contents = "torch", read_torch(path, num_bytes)
+        elif start.startswith(b"GGUF"):
+            container, contents = "gguf", read_gguf(path, num_bytes)
+        else:
+            container, contents = "safetensors", read_safetensors(path, file, num_bytes)
+        digest = _digest(contents.head, file, contents.data_start, num_bytes)
+    return _with_scales(
+        Header(
+            path=path,
+            tensors=contents.tensors,
+            metadata=contents.metadata,
+            num_bytes=num_bytes,
+            digest=digest,
+            container=container,
+            places=contents.places,
+        )
     )
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
+    expected = "a .safetensors, .pt, .ckpt, .bin or .gguf checkpoint"
     for magic, what, do in _OTHER_FORMATS:
         if start.startswith(magic) or (magic.startswith(b"<") and start.lstrip().lower().startswith(magic)):
-            raise CheckpointError(f"The file is {what}", given=path, expected="a .safetensors checkpoint", do=do)
+            raise CheckpointError(f"The file is {what}", given=path, expected=expected, do=do)
 
 
-def _decode_json(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        entries = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        if not raw.lstrip().startswith(b"{"):
-            raise CheckpointError(
-                "This is not a safetensors file", given=path, expected="a .safetensors checkpoint"
-            ) from None
-        raise _damaged(path, "its header is not valid JSON") from None
-    if not isinstance(entries, dict):
-        raise _damaged(path, "its header is not a table")
-    return entries
+def _with_scales(header: Header) -> Header:
+    """Set the scales of float8 weights apart from the weights.
+
+    ComfyUI's files hold them beside each weight, Tencent's in a second file; a file with neither is a plain cast.
+    """
+    float8 = {name for name, info in header.tensors.items() if info.dtype in FLOAT8}
+    if not float8:
+        return header
+    inside = {name: scale_name(name) for name in float8 if scale_name(name) in header.tensors}
+    beside = {name for name in header.tensors if name.endswith((_MARKER, f".{SCALE}", *_UNUSED))}
+    scales: Mapping[str, Place] = {name: header.places[scale] for name, scale in inside.items()}
+    scale_file = None
+    if header.container == "torch" and not scales:
+        scale_file = map_file(header.path)
+        scales = read_scale_map(scale_file, sorted(float8)) if scale_file.is_file() else {}
+    return replace(
+        header,
+        tensors={name: info for name, info in header.tensors.items() if name not in beside},
+        places={name: place for name, place in header.places.items() if name not in beside},
+        scales=scales,
+        scale_file=scale_file,
+    )
 
 
-def _tensor_table(path: Path, entries: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], int]:
-    """(name -> shape and dtype, number of bytes of data)."""
-    tensors: dict[str, TensorInfo] = {}
-    end = 0
-    for name, entry in entries.items():
-        try:
-            dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            valid = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last))
-        except (TypeError, KeyError, ValueError):
-            raise _damaged(path, f"the entry of {name!r} is malformed") from None
-        if dtype not in DTYPES:
-            raise CheckpointError(
-                f"The tensor {name!r} has a number format that is not supported",
-                given=f"{dtype} in {path}",
-                expected=", ".join(DTYPES),
-            )
-        info = TensorInfo(shape, DTYPES[dtype])
-        if not valid or last - first != info.num_bytes:
-            raise _damaged(path, f"the size of {name!r} does not fit its shape")
-        tensors[name] = info
-        end = max(end, last)
-    return tensors, end
+def _union(path: Path, headers: list[Header]) -> Header:
+    """One header of a set of shards."""
+    first = headers[0]
+    digest = hashlib.sha256("".join(header.digest for header in headers).encode()).hexdigest()[:32]
+    return replace(
+        first,
+        path=path,
+        tensors={name: info for header in headers for name, info in header.tensors.items()},
+        metadata={key: value for header in reversed(headers) for key, value in header.metadata.items()},
+        num_bytes=sum(header.num_bytes for header in headers),
+        digest=digest,
+        places={name: place for header in headers for name, place in header.places.items()},
+        scales={name: place for header in headers for name, place in header.scales.items()},
+    )
 
 
-def _digest(header: bytes, file: BinaryIO, data_start: int, num_bytes: int) -> str:
+def _digest(head: bytes, file: BinaryIO, data_start: int, num_bytes: int) -> str:
     """Hash of the header and of probes at the start, the quarters and the end of the data."""
-    hasher = hashlib.sha256(header)
+    hasher = hashlib.sha256(head)
     span = max(0, num_bytes - data_start - _PROBE_BYTES)
     for quarter in range(5):
         file.seek(data_start + span * quarter // 4)
         hasher.update(file.read(_PROBE_BYTES))
     return hasher.hexdigest()[:32]
-
-
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"The checkpoint is damaged: {why}", given=path, do="download or export it again")
-
-
-def _truncated(path: Path, *, have: int, need: int) -> CheckpointError:
-    return CheckpointError(
-        "The checkpoint is cut short",
-        given=f"{path} with {have:,} bytes",
-        expected=f"{need:,} bytes",
-        do="the download or copy did not finish: fetch it again",
-    )

@@ -31,6 +31,8 @@ class Row:
     """relative number of output rows of each part; empty for equal parts"""
     swap_halves: bool = False
     """the two halves of the output rows stand in the other order"""
+    pointwise_dims: int = 0
+    """the foreign weight is a convolution of one point with this many trailing dimensions of size 1, ours a matrix"""
 
     def __post_init__(self) -> None:
         names = self.names
@@ -84,11 +86,20 @@ class KeyMap:
         rows: the table. Every name must fit one row at most.
         foreign: what the other layout is called in messages.
         prefixes: stripped from foreign names where all of them carry it (a wrapper's ``model.``).
+        only_prefixes: as ``prefixes``, where some names carry it; the others belong to something else and are left out.
     """
 
-    def __init__(self, rows: Sequence[Row], *, foreign: str, prefixes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        foreign: str,
+        prefixes: Sequence[str] = (),
+        only_prefixes: Sequence[str] = (),
+    ) -> None:
         self.title = foreign
         self._prefixes = sorted(prefixes, key=len, reverse=True)
+        self._only_prefixes = tuple(only_prefixes)
         self._native = _Side([(row.native, row, 0) for row in rows])
         self._foreign = _Side([(name, row, part) for row in rows for part, name in enumerate(row.names)])
 
@@ -118,9 +129,8 @@ class KeyMap:
         """
         prefix = self._prefix(foreign)
         gathered: dict[str, tuple[_Place, dict[int, Tensor]]] = {}
-        for name, tensor in foreign.items():
-            place = self._find(self._foreign, name[len(prefix) :], self.title)
-            gathered.setdefault(place.fill(place.row.native), (place, {}))[1][place.part] = tensor
+        for name, place in self._places(foreign):
+            gathered.setdefault(place.fill(place.row.native), (place, {}))[1][place.part] = foreign[name]
         native = {}
         for name, (place, parts) in gathered.items():
             missing = [prefix + place.fill(p) for part, p in enumerate(place.row.names) if part not in parts]
@@ -132,6 +142,14 @@ class KeyMap:
                 )
             native[name] = _join([parts[part] for part in range(len(parts))], place.row, name)
         return native
+
+    def native_names(self, foreign: Iterable[str]) -> dict[str, str]:
+        """foreign name -> native name of a whole file's names; the parts of a fused weight share theirs.
+
+        Raises:
+            CheckpointError: no row knows a name.
+        """
+        return {name: place.fill(place.row.native) for name, place in self._places(foreign)}
 
     def to_foreign(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename, cut fused weights into their parts (views) and swap halves. Works on meta tensors.
@@ -146,10 +164,19 @@ class KeyMap:
                 foreign[place.fill(pattern)] = part
         return foreign
 
+    def _places(self, foreign: Iterable[str]) -> list[tuple[str, _Place]]:
+        names = list(foreign)
+        prefix = self._prefix(names)
+        own = [name for name in names if name.startswith(prefix)]
+        return [(name, self._find(self._foreign, name[len(prefix) :], self.title)) for name in own]
+
     def _prefix(self, names: Iterable[str]) -> str:
         names = list(names)
         for prefix in self._prefixes:
             if names and all(name.startswith(prefix) for name in names):
+                return prefix
+        for prefix in self._only_prefixes:
+            if any(name.startswith(prefix) for name in names):
                 return prefix
         return ""
 
@@ -167,6 +194,8 @@ class KeyMap:
 
 
 def _join(parts: list[Tensor], row: Row, name: str) -> Tensor:
+    if row.pointwise_dims:
+        parts = [part.flatten(-1 - row.pointwise_dims) if part.ndim > row.pointwise_dims else part for part in parts]
     if row.swap_halves:
         parts = [_swap(part) for part in parts]
     if len(parts) == 1:
@@ -186,7 +215,9 @@ def _join(parts: list[Tensor], row: Row, name: str) -> Tensor:
 def _cut(tensor: Tensor, row: Row, name: str) -> list[Tensor]:
     count = len(row.names)
     if count == 1:
-        return [_swap(tensor) if row.swap_halves else tensor]
+        tensor = _swap(tensor) if row.swap_halves else tensor
+        is_point = row.pointwise_dims and tensor.ndim > 1
+        return [tensor.reshape(*tensor.shape, *[1] * row.pointwise_dims) if is_point else tensor]
     if tensor.ndim == 0:
         return [tensor] * count
     parts = row.parts or (1.0,) * count

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .header import Header
+from ..memory.stream import BlockStream
+from .layout import Layout
+from .packing import PACKINGS, unpack
+from .quantise import fit, module_of, quantise_linears
+from .records import FLOAT8, Header, Place, packed_name, scale_name
 
-Translate = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+_ALIGNMENT = 64
+"""bytes; what torch allocates begins at a multiple of it, and so does a mapped file"""
+_PROBE = 1024
+"""numbers at the start, the middle and the end of a weight that are looked at for NaN"""
 
 
 def load_module(
     header: Header,
     build: Callable[[], nn.Module],
     *,
-    translate: Translate | None = None,
+    layout: Layout | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    keep_quantised: bool = True,
+    stream: Sequence[str] = (),
 ) -> nn.Module:
     """Build a module and give it the file's weights; ready for inference (``eval``, no gradients).
 
@@ -28,48 +38,276 @@ def load_module(
 
     Args:
         build: makes the module; runs under the meta device, so its size does not matter.
-        translate: foreign names -> native names (a ``KeyMap``'s ``to_native``).
+        layout: the file's naming; None for native names.
         dtype: floating weights are cast to it on the way in; None keeps what the file has.
+        keep_quantised: float8 and packed weights of linear layers stay as small as they are, in layers of
+            ``weights.quantise`` that widen them on use; else they are widened to ``dtype`` now.
+        stream: paths of module lists whose blocks stay in the file and are read each time they run, in this order.
 
     Raises:
-        CheckpointError: a weight is missing, unknown or of another shape. The message names it.
+        CheckpointError: a weight is missing, unknown, of another shape or not finite. The message names it.
     """
     with torch.device("meta"):
         module = build()
-    tensors = read_tensors(header, device=device)
-    if translate is not None:
-        tensors = dict(translate(tensors))
-    check_names(module, tensors, where=str(header.path))
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    module.load_state_dict(tensors, strict=True, assign=True)
+    check_scales(header)
+    stored = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in _stored_places(header).items()}
+    native = stored if layout is None else layout.to_native(stored)
+    if keep_quantised:
+        quantise_linears(module, native, dtype=dtype or torch.bfloat16)
+    wanted = module.state_dict()
+    check_names(wanted, fit(native, wanted, dtype), where=str(header.path))
+    check_numbers(header)
+
+    sources = _Sources(header, layout, wanted, dtype, torch.device(device))
+    blocks = [f"{path}.{name}" for path in stream for name, _ in module.get_submodule(path).named_children()]
+    state = dict(wanted)
+    for group in sources.resident(blocks):
+        state.update(sources.state(group, sources.read(group)))
+    module.load_state_dict(state, strict=True, assign=True)
+    if blocks:
+        sources.stream(module, blocks)
     left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    left = [name for name in left if not name.startswith(tuple(f"{block}." for block in blocks))]
     assert not left, f"{type(module).__name__} keeps {left} out of its state dict: compute them in forward"
     return module.eval().requires_grad_(False)
 
 
-def read_tensors(header: Header, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of the file; on the CPU they are views of the mapped file."""
-    from safetensors import SafetensorError, safe_open
+class _Sources:
+    """Which tensors of the file make up which modules, and how they get there."""
 
+    def __init__(
+        self,
+        header: Header,
+        layout: Layout | None,
+        wanted: Collection[str],
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self.header, self.layout, self.wanted, self.dtype, self.device = header, layout, wanted, dtype, device
+        self.places = _stored_places(header)
+        self.native = dict(zip(self.places, self.places, strict=True))
+        if layout is not None:
+            self.native = layout.native_names(self.places)
+
+    def resident(self, streamed: Sequence[str]) -> list[list[str]]:
+        """Stored names, grouped by the module they belong to: what is put together is in memory for that time only."""
+        outside = tuple(f"{block}." for block in streamed)
+        groups: dict[str, list[str]] = {}
+        for name, native in self.native.items():
+            if not native.startswith(outside):
+                groups.setdefault(module_of(native), []).append(name)
+        return list(groups.values())
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Mapped where the file's bytes become the weights as they are; else read, so that the copy is the only one."""
+        targets = [self.native[name] for name in names]
+        as_they_are = self.device.type == "cpu" and len(set(targets)) == len(targets)
+        return read_tensors(self.header, names, mapped=as_they_are and not any(map(self._is_cast, names)))
+
+    def _is_cast(self, name: str) -> bool:
+        dtype = self.places[name].dtype
+        return self.dtype is not None and dtype.is_floating_point and dtype not in (self.dtype, *FLOAT8)
+
+    def state(self, names: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was read -> native names and the dtype, on the device."""
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        native = tensors if self.layout is None else self.layout.to_native(tensors)
+        return fit(native, self.wanted, self.dtype)
+
+    def stream(self, module: nn.Module, paths: Sequence[str]) -> None:
+        """Hand the blocks at ``paths`` over to a :class:`BlockStream`."""
+        names: list[list[str]] = [[] for _ in paths]
+        numbers = {path: number for number, path in enumerate(paths)}
+        for name, native in self.native.items():
+            parts = native.split(".")
+            for length in range(1, len(parts)):
+                number = numbers.get(".".join(parts[:length]))
+                if number is not None:
+                    names[number].append(name)
+
+        def read(number: int) -> dict[str, Tensor]:
+            return read_tensors(self.header, names[number], mapped=False)
+
+        def finish(number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            start = len(paths[number]) + 1
+            return {name[start:]: tensor for name, tensor in self.state(names[number], tensors).items()}
+
+        blocks = BlockStream([module.get_submodule(path) for path in paths], read=read, finish=finish)
+        # "llama.layers.0" is run by "llama": the path without the list and the number.
+        runners = dict.fromkeys(".".join(path.split(".")[:-2]) for path in paths)
+        blocks.end_with(module.get_submodule(path) for path in runners)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _stored_places(header: Header) -> dict[str, Place]:
+    """Stored name -> place; a scale counts as one number for each row of its weight."""
+    places = {}
+    for name, info in header.tensors.items():
+        places[name if info.packing is None else packed_name(name, info.packing)] = header.places[name]
+        if name in header.scales:
+            places[scale_name(name)] = header.scales[name]._replace(shape=info.shape[:1])
+    return places
+
+
+def read_tensors(
+    header: Header,
+    names: Collection[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    mapped: bool = True,
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint under their stored names, whatever kind of file it is.
+
+    A weight that is packed in blocks comes as bytes (``a.packed.Q4_K``), a float8 one with its scale, if it has one,
+    as one number for each row (``a.scale_weight``).
+
+    Args:
+        names: stored names; None reads all.
+        mapped: views of the mapped files, read when they are used and not to be written to; else copies.
+
+    Raises:
+        CheckpointError: a file is gone or has changed since its header was read.
+    """
+    places = _stored_places(header)
+    places = places if names is None else {name: places[name] for name in names}
+    open_file = _Mapped if mapped else _Plain
+    scales = {scale_name(weight): place for weight, place in header.scales.items()}
+    files: dict[Path, _Mapped | _Plain] = {}
+    tensors = {}
     try:
-        with safe_open(header.path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in header.tensors}
-    except (SafetensorError, OSError) as error:
+        for path in dict.fromkeys(place.file for place in places.values()):
+            files[path] = open_file(path)
+        for name, place in places.items():
+            stored = scales.get(name, place)
+            tensor = _shaped(files[place.file].read(stored.offset, stored.num_bytes), stored)
+            if name in scales:
+                tensor = tensor.float().flatten().expand(place.shape).clone()
+            tensors[name] = tensor.to(device)
+    except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(
             f"The checkpoint cannot be read ({error})", given=header.path, do="download or export it again"
         ) from error
+    finally:
+        for file in files.values():
+            file.close()
+    return tensors
 
 
-def check_names(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Every weight of the module is there with its shape, and nothing else is.
+def _shaped(data: Tensor, place: Place) -> Tensor:
+    if data.data_ptr() % place.dtype.itemsize:
+        data = data.clone()  # safetensors does not align numbers behind float8 weights of odd size
+    if place.stride is None:
+        return data.view(place.dtype).view(place.shape)
+    return data.view(place.dtype).as_strided(place.shape, place.stride)
+
+
+class _Mapped:
+    """A file mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        num_bytes = path.stat().st_size
+        self._data = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+
+    def read(self, offset: int, num_bytes: int) -> Tensor:
+        if offset + num_bytes > len(self._data):
+            raise EOFError("the file became shorter")
+        return self._data[offset : offset + num_bytes]
+
+    def close(self) -> None:
+        """The mapping goes with the last tensor that looks at it."""
+
+
+class _Plain:
+    """A file read piece by piece into new memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+
+    def read(self, offset: int, num_bytes: int) -> Tensor:
+        # As far from a cache line as in the mapped file: a matrix product on the CPU rounds differently when its
+        # operands are aligned differently, and a streamed block must give the bits of a resident one.
+        start = offset % _ALIGNMENT
+        data = torch.empty(num_bytes + start, dtype=torch.uint8)[start:]
+        view = data.numpy().data
+        self._file.seek(offset)
+        done = 0
+        while done < num_bytes:
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise EOFError("the file became shorter")
+            done += count
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+def check_scales(header: Header) -> None:
+    """Tencent's float8 files cannot be used without the file of their scales.
+
+    Raises:
+        CheckpointError: naming the file that is expected.
+    """
+    if header.scale_file is not None and not header.scales:
+        raise CheckpointError(
+            "The float8 weights of this checkpoint cannot be used without their scales",
+            given=header.path,
+            expected=f"the scales in {header.scale_file}",
+            do="put the map file that was published with the checkpoint beside it",
+        )
+
+
+def check_numbers(header: Header) -> None:
+    """Look at samples of every weight: all of a small one, three stretches of a large one.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite.
+    """
+    tensors = read_tensors(header)
+    for name, info in header.tensors.items():
+        if info.packing is not None:
+            packed = tensors[packed_name(name, info.packing)].flatten()
+            stretches = _samples(packed, PACKINGS[info.packing].num_block_bytes)
+            samples = [unpack(part.view(1, -1), info.packing) for part in stretches]
+        elif info.dtype.is_floating_point:
+            samples = _samples(tensors[name].flatten() if tensors[name].is_contiguous() else tensors[name], 1)
+        else:
+            continue
+        if name in header.scales:
+            samples.append(tensors[scale_name(name)])
+        if not all(bool(sample.float().isfinite().all()) for sample in samples):
+            raise CheckpointError(
+                f"The weight {name!r} has numbers that are not finite",
+                given=header.path,
+                expected="finite numbers everywhere",
+                do="the training or the conversion of this checkpoint failed, or the file is damaged: use another copy",
+            )
+
+
+def _samples(values: Tensor, unit: int) -> list[Tensor]:
+    """Up to three stretches of whole units."""
+    length = _PROBE // unit * unit or unit
+    if values.ndim != 1:
+        return [values[:1]]
+    if len(values) <= 16 * length:
+        return [values]
+    middle = len(values) // 2 // unit * unit
+    return [values[:length], values[middle : middle + length], values[-length:]]
+
+
+def check_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, where: str) -> None:
+    """Every weight of a module is there with its shape, and nothing else is.
 
     Raises:
         CheckpointError: naming the first few that are not, and the nearest name for an unknown one.
     """
-    wanted = module.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - given.keys())
+    unknown = sorted(given.keys() - wanted.keys())
     if missing:
         raise CheckpointError(
             f"The checkpoint lacks {len(missing)} of {len(wanted)} weights",
@@ -85,10 +323,10 @@ def check_names(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str)
             do="use a file of this model only",
         )
     for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
+        if given[name].shape != tensor.shape:
             raise CheckpointError(
                 f"The weight {name!r} has another shape than the configuration says",
-                given=f"{tuple(tensors[name].shape)} in {where}",
+                given=f"{tuple(given[name].shape)} in {where}",
                 expected=str(tuple(tensor.shape)),
             )
 

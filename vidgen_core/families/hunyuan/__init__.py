@@ -19,9 +19,9 @@ from ...types import Conditioning, Grid, VideoShape
 from .. import Family, Part, TextAssembly
 from .codec import HunyuanCodec
 from .config import DEFAULTS, ClipDims, CodecConfig, LlamaDims, NetworkConfig, TextConfig, VisionDims
-from .keys import LAYOUTS
+from .keys import LAYOUTS, VAE_LAYOUTS
 from .network import HunyuanVideoTransformer
-from .recognise import codec_config, network_config
+from .recognise import codec_config, network_config, network_told
 from .text_files import (
     build_clip_part,
     build_llama_part,
@@ -97,6 +97,11 @@ def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
     return f"text encoders {given[0]} and {given[1]} wide, where the network reads {wanted[0]} and {wanted[1]}"
 
 
+def _image_conditions(config: NetworkConfig) -> tuple[str, ...]:
+    """Text-to-video and token-replace networks have the same weights; only what they were trained for tells them."""
+    return ("latent_concat",) if config.image_condition == "latent_concat" else ("none", "token_replace")
+
+
 def _activation_bytes(config: NetworkConfig, shape: VideoShape) -> int:
     """Residual stream, q, k, v, attention output, the MLP's inner layer and two temporaries of each token."""
     frames = (shape.num_frames - 1) // 4 + 1
@@ -109,8 +114,10 @@ FAMILY = Family(
     name="hunyuan",
     title="HunyuanVideo",
     parts={
-        "network": Part(config=NetworkConfig, build=_build_network, recognise=network_config, layouts=LAYOUTS),
-        "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config),
+        "network": Part(
+            config=NetworkConfig, build=_build_network, recognise=network_config, layouts=LAYOUTS, told=network_told
+        ),
+        "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config, layouts=VAE_LAYOUTS),
         "text": Part(config=TextConfig, build=build_text, recognise=text_config),
         "llama": Part(config=LlamaDims, build=build_llama_part, recognise=llama_dims, layouts=LLAMA_LAYOUTS),
         "clip": Part(config=ClipDims, build=build_clip_part, recognise=clip_dims, layouts=CLIP_LAYOUTS),
@@ -121,6 +128,7 @@ FAMILY = Family(
         config=stack_config,
         tokenizers=find_tokenizers,
         join=join_stack,
+        blocks={"text": ("llama.layers",), "llama": ("llama.layers",)},
         stranger=stranger,
     ),
     diffusion=_diffusion,
@@ -131,6 +139,7 @@ FAMILY = Family(
     grid=_grid,
     latent_channels=lambda config: config.out_channels,
     fits_text=_fits_text,
+    image_conditions=_image_conditions,
     blocks=("double_blocks", "single_blocks"),
     keep_fp32=("time_in", "vector_in", "guidance_in", "final_layer"),
     lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),

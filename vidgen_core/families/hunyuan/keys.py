@@ -1,7 +1,7 @@
-"""The transformer's weights in the layouts that people have on disk.
+"""The transformer's and the VAE's weights in the layouts that people have on disk.
 
-Native names are those of Tencent's published ``.pt``. The other two layouts are diffusers' folder and ComfyUI's
-internal names; the latter two may sit under a prefix.
+Native names are those of Tencent's published ``.pt``. The transformer's other layouts are diffusers' folder and
+ComfyUI's internal names; the VAE's is the one of latent diffusion's autoencoder. Some sit under a prefix.
 """
 
 from __future__ import annotations
@@ -151,3 +151,70 @@ LAYOUTS: Mapping[str, KeyMap] = {
     "prefixed": KeyMap([Row(name, name) for name in _TOP], foreign="prefixed native", prefixes=_PREFIXES),
 }
 """every layout besides the native one"""
+
+
+# --- the VAE ----------------------------------------------------------------------------------------------------------
+
+_VAE_PREFIXES = ("first_stage_model.", "vae.")
+_VAE_LEVELS = 4
+
+
+def _ldm_resnet(native: str, foreign: str) -> list[Row]:
+    same = ("norm1", "conv1", "norm2", "conv2")
+    return [
+        *(Row(f"{native}.{name}", f"{foreign}.{name}") for name in same),
+        Row(f"{native}.conv_shortcut", f"{foreign}.nin_shortcut"),
+    ]
+
+
+def _ldm_half(half: str) -> list[Row]:
+    """What encoder and decoder share: both ends and the middle."""
+    native, foreign = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
+    projections = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    return [
+        Row(f"{half}.conv_in", f"{half}.conv_in"),
+        Row(f"{half}.conv_norm_out", f"{half}.norm_out"),
+        Row(f"{half}.conv_out", f"{half}.conv_out"),
+        *_ldm_resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1"),
+        *_ldm_resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2"),
+        Row(f"{native}.group_norm", f"{foreign}.norm"),
+        *(Row(f"{native}.{ours}", f"{foreign}.{theirs}", pointwise_dims=3) for ours, theirs in projections.items()),
+    ]
+
+
+def ldm_vae_layout() -> KeyMap:
+    """The names of latent diffusion's autoencoder, as in Comfy-Org's repackaged file.
+
+    Its attention projects with convolutions of one point, and it counts the decoder's levels from the output.
+    """
+    levels = [(level, _VAE_LEVELS - 1 - level) for level in range(_VAE_LEVELS)]
+    return KeyMap(
+        [
+            *_ldm_half("encoder"),
+            *_ldm_half("decoder"),
+            *_ldm_resnet("encoder.down_blocks.*.resnets.*", "encoder.down.*.block.*"),
+            Row("encoder.down_blocks.*.downsamplers.0.conv", "encoder.down.*.downsample.conv"),
+            *(
+                row
+                for ours, theirs in levels
+                for row in _ldm_resnet(f"decoder.up_blocks.{ours}.resnets.*", f"decoder.up.{theirs}.block.*")
+            ),
+            *(
+                Row(f"decoder.up_blocks.{ours}.upsamplers.0.conv", f"decoder.up.{theirs}.upsample.conv")
+                for ours, theirs in levels
+            ),
+            Row("quant_conv", "quant_conv"),
+            Row("post_quant_conv", "post_quant_conv"),
+        ],
+        foreign="latent diffusion",
+        only_prefixes=_VAE_PREFIXES,
+    )
+
+
+_VAE_TOP = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+
+VAE_LAYOUTS: Mapping[str, KeyMap] = {
+    "ldm": ldm_vae_layout(),
+    "prefixed": KeyMap([Row(name, name) for name in _VAE_TOP], foreign="prefixed native", only_prefixes=_VAE_PREFIXES),
+}
+"""every layout of the VAE besides the native one, which diffusers shares"""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+from ...errors import CheckpointError
+from ...weights.shards import CONFIG_KEY
 from .config import VAE_884_16C, CodecConfig, NetworkConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -48,6 +51,33 @@ def network_config(shapes: Shapes) -> NetworkConfig | None:
         guidance_embed="guidance_in.mlp.0.weight" in shapes,
         image_condition=image,
     )
+
+
+def network_told(config: NetworkConfig, metadata: Mapping[str, str]) -> tuple[NetworkConfig, bool]:
+    """(the config with what diffusers' config.json adds to the shapes, whether an image condition was named).
+
+    Raises:
+        CheckpointError: the config.json is damaged, or belongs to another network.
+    """
+    if config.image_condition == "latent_concat":
+        return config, True
+    if CONFIG_KEY not in metadata:
+        return config, False
+    try:
+        told = json.loads(metadata[CONFIG_KEY])
+        image = told.get("image_condition_type", "unknown")
+    except (json.JSONDecodeError, AttributeError):
+        raise CheckpointError("The config.json beside the weights is damaged", do="download it again") from None
+    if image == "unknown":
+        return config, False
+    if image not in (None, "token_replace"):
+        raise CheckpointError(
+            "The config.json does not belong to the weights beside it",
+            given=f"image_condition_type {image!r} for a network with {config.in_channels} channels",
+            expected="null or token_replace",
+            do="use the config.json that was published with these weights",
+        )
+    return replace(config, image_condition="token_replace" if image else "none"), True
 
 
 def _rope_axes(head_dim: int) -> tuple[int, int, int]:

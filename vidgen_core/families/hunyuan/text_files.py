@@ -15,7 +15,8 @@ from ...text.llama import build_llama
 from ...text.tokenizer import Tokenizer, tokenizers_from_metadata
 from ...text.tokenizer_files import TokenizerPlaces, find_tokenizer
 from ...text.vision import LlavaVision
-from ...weights.header import Header
+from ...weights.load import read_tensors
+from ...weights.records import Header
 from .config import IMAGE_MARK, ClipDims, LlamaDims, TextConfig, VisionDims
 from .text import SLOT, TextStack
 from .text_recognise import check_published
@@ -114,10 +115,7 @@ def _inside(header: Header) -> Tokenizer | None:
     info = header.tensors.get("tokenizer")
     if info is None or info.dtype != torch.uint8 or len(info.shape) != 1:
         return None
-    from safetensors import safe_open
-
-    with safe_open(header.path, framework="pt") as file:
-        text = bytes(file.get_tensor("tokenizer").tolist())
+    text = read_tensors(header, ["tokenizer"])["tokenizer"].numpy().tobytes()
     try:
         return Tokenizer.from_json(text.decode("utf-8"))
     except (CheckpointError, UnicodeDecodeError):

@@ -73,11 +73,8 @@ class EncoderLayout:
         numbers = {name: int(block[1]) for name in names if (block := self._block.match(name))}
         skip = self._skip_layers if self._whole in names else 0
         end = max(numbers.values(), default=-1) + 1 - skip
-        return [
-            name
-            for name in names
-            if name not in self._unneeded and not name.startswith(self._unneeded_below) and numbers.get(name, -1) < end
-        ]
+        known = [name for name in names if name not in self._unneeded and not name.startswith(self._unneeded_below)]
+        return [name for name in known if name not in numbers or numbers[name] < end]
 
     def native_names(self, foreign: Iterable[str]) -> dict[str, str]:
         """foreign name -> native name of what is needed. Raises CheckpointError for a name that nobody knows."""
