@@ -40,9 +40,11 @@ SETTINGS: dict[str, Any] = {
 WIDGETS_FOREVER = {
     "VidGenLoadModel": ["model_name", "weight_dtype"],
     "VidGenLoadVAE": ["vae_name", "weight_dtype"],
-    "VidGenLoadTextEncoders": ["text_name", "weight_dtype"],
+    "VidGenLoadTextEncoders": ["text_name", "weight_dtype", "second_name", "vision_name", "tokenizer_folder"],
     "VidGenLoadAll": ["model_folder", "weight_dtype"],
-    "VidGenEncodePrompt": ["prompt", "template"],
+    "VidGenEncodePrompt": ["prompt", "template", "custom_template", "image_interleave"],
+    "VidGenSaveEmbeddings": ["filename_prefix"],
+    "VidGenLoadEmbeddings": ["embeddings_name"],
     "VidGenEmptyLatent": ["width", "height", "num_frames", "batch_size"],
     "VidGenSampler": [
         *("seed", "control_after_generate", "steps", "cfg", "guidance", "shift", "sampler", "schedule", "denoise"),
@@ -354,6 +356,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bundle_dir: Path
         "folder_paths": {
             "models_dir": str(tmp_path / "models"),
             "get_filename_list": lambda folder: [f"{folder}.safetensors"],
+            "get_folder_paths": lambda folder: [str(tmp_path / "models" / folder)],
             "get_full_path": lambda folder, name: str(tiny_bundle_dir / name) if name == "vae.safetensors" else None,
             "get_output_directory": lambda: str(tmp_path / "output"),
             "get_input_directory": lambda: str(tmp_path / "input"),

@@ -81,6 +81,8 @@ class TextAssembly:
     """(text config, module by part, tokenizers) -> the text encoder"""
     blocks: Mapping[str, tuple[str, ...]]
     """by part: paths of the module lists whose blocks may stay in the file"""
+    widths: Callable[[Config], tuple[int, int]]
+    """text config -> width of the states per token and of the pooled vector"""
     stranger: Callable[[Shapes], str | None]
     """what a file is that holds no encoder of this family, if that can be told"""
 

@@ -90,7 +90,7 @@ def _grid(config: CodecConfig) -> Grid:
 
 
 def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
-    given = text.llama.hidden_size, text.clip.hidden_size
+    given = FAMILY.text.widths(text)
     wanted = network.text_width, network.pooled_width
     if given == wanted:
         return None
@@ -129,6 +129,7 @@ FAMILY = Family(
         tokenizers=find_tokenizers,
         join=join_stack,
         blocks={"text": ("llama.layers",), "llama": ("llama.layers",)},
+        widths=lambda config: (config.llama.hidden_size, config.clip.hidden_size),
         stranger=stranger,
     ),
     diffusion=_diffusion,
