@@ -22,6 +22,7 @@ from ..vidgen_core.embeddings import PART
 from ..vidgen_core.errors import FileError, UserError
 from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_models, folders_of
 from ..vidgen_core.weights.header import read_header
+from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
 
 EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
 """under ``models/``"""
@@ -123,6 +124,27 @@ def bundled_names(kind: str) -> list[str]:
     return names
 
 
+def checkpoints_below(place: Path) -> list[Path]:
+    """Every checkpoint in a folder and the folders in it; a set of shards counts once."""
+    folders = [place, *(path for path in sorted(place.glob("**/*")) if path.is_dir())] if place.is_dir() else []
+    return [path for folder in folders for path in checkpoints_in(folder)]
+
+
+def shards_below(place: Path) -> list[Path]:
+    """The shards of the sets among :func:`checkpoints_below`."""
+    return [path for index in place.glob(f"**/*{INDEX}") for path in shards_of(index)]
+
+
+def folders_with_checkpoints(root: Path) -> list[Path]:
+    """The folders in ``root`` that hold checkpoints, or folders with them, as diffusers lays a model out."""
+    folders = subfolders(root) if root.is_dir() else []
+    return [folder for folder in folders if checkpoints_in(folder) or any(map(checkpoints_in, subfolders(folder)))]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
 def find_bundled(name: str) -> Path | None:
     model, _, file = name.replace("\\", "/").partition("/")
     folder = bundled_models().get(model)
@@ -216,14 +238,13 @@ class LocalNodeHost(LocalHost):
 
     def names(self, kind: str) -> list[str]:
         places = [root / folder for root in self.folders for folder in folders_of(kind)]
-        found = {path.relative_to(place).as_posix() for place in places for path in place.glob("**/*.safetensors")}
+        found = {path.relative_to(place).as_posix() for place in places for path in checkpoints_below(place)}
         return bundled_names(kind) + sorted(found)
 
     def model_folders(self) -> dict[str, Path]:
-        own = {path.parent.name: path.parent for root in self.folders for path in root.glob("*/*.safetensors")}
-        return bundled_models() | {
-            name: own[name] for name in sorted(own.keys() - set().union(*map(folders_of, FOLDERS)))
-        }
+        kinds = {folder for kind in FOLDERS for folder in folders_of(kind)}
+        own = {folder.name: folder for root in self.folders for folder in folders_with_checkpoints(root)}
+        return bundled_models() | {name: own[name] for name in sorted(own.keys() - kinds)}
 
     def find_model_folder(self, name: str) -> Path:
         path = Path(name).expanduser()
@@ -364,7 +385,13 @@ class ComfyHost:
     def names(self, kind: str) -> list[str]:
         import folder_paths
 
-        return bundled_names(kind) + folder_paths.get_filename_list(FOLDERS[kind])
+        listed = folder_paths.get_filename_list(FOLDERS[kind])
+        # ComfyUI lists neither GGUF nor sets of shards, and each shard as if it were a checkpoint of its own.
+        places = [Path(place) for place in folder_paths.get_folder_paths(FOLDERS[kind])]
+        below = {path.relative_to(place): path for place in places for path in checkpoints_below(place)}
+        shards = {path.relative_to(place) for place in places for path in shards_below(place)}
+        more = {name.as_posix() for name in below} - {Path(name).as_posix() for name in listed}
+        return bundled_names(kind) + [name for name in listed if Path(name) not in shards] + sorted(more)
 
     def find(self, kind: str, name: str) -> Path:
         import folder_paths
@@ -379,8 +406,7 @@ class ComfyHost:
         import folder_paths
 
         root = Path(folder_paths.models_dir) / "vidgen"
-        own = sorted({path.parent for path in root.glob("*/*.safetensors")}) if root.is_dir() else []
-        return bundled_models() | {folder.name: folder for folder in own}
+        return bundled_models() | {folder.name: folder for folder in folders_with_checkpoints(root)}
 
     def find_model_folder(self, name: str) -> Path:
         return known_folder(self, name)

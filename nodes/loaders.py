@@ -53,6 +53,10 @@ def torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
+STREAMING = {"auto": None, "off": False, "stream blocks": True}
+"""choice of ``offload`` -> whether the blocks stay in the file; None decides by the free memory"""
+
+
 class LoadModel:
     CATEGORY = f"{CATEGORY}/loaders"
     DESCRIPTION = "Loads a video diffusion network. The file itself says what it is; its name does not matter."
@@ -64,23 +68,40 @@ class LoadModel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "A diffusion network (.safetensors) from models/diffusion_models, or a bundled one."
+        tooltip = "A diffusion network from models/diffusion_models, or a bundled one."
+        told = "How an image guides the video, where the file does not say so itself. auto: the file's word, else text."
+        room = "stream blocks reads each block from the file when it runs. auto does so if the weights do not fit."
         return {
             "required": {"model_name": (names("network"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT},
+            "optional": {
+                "image_condition": (["auto", "none", "token_replace"], {"default": "auto", "tooltip": told}),
+                "offload": (list(STREAMING), {"default": "auto", "tooltip": room}),
+            },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_name: str) -> bool | str:
         return found("network", model_name)
 
-    def load(self, model_name: str, weight_dtype: str) -> tuple[Any]:
+    def load(
+        self, model_name: str, weight_dtype: str, image_condition: str = "auto", offload: str = "auto"
+    ) -> tuple[Any]:
         from ..vidgen_core.model import load_network
+        from ..vidgen_core.weights.header import read_header
         from .host import current
 
-        host = current()
+        host, stream = current(), STREAMING[offload]
         path = host.find("network", model_name)
-        host.make_room(path.stat().st_size)
-        return (load_network(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+        if not stream:
+            host.make_room(read_header(path).num_bytes)
+        model = load_network(
+            path,
+            dtype=torch_dtype(weight_dtype),
+            device=host.device(),
+            stream=stream,
+            image_condition=image_condition,
+        )
+        return (model,)
 
 
 class LoadVAE:
@@ -94,7 +115,7 @@ class LoadVAE:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "A video VAE (.safetensors) from models/vae, or a bundled one."
+        tooltip = "A video VAE from models/vae, or a bundled one."
         return {"required": {"vae_name": (names("codec"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT}}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The full-size benchmark at a tiny size: the file it writes is a checkpoint, and a full disk is told before writing."""
+"""The full-size benchmark at a tiny size: its file is a checkpoint, and a full disk is told before writing."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 WIDGETS_FOREVER = {
-    "VidGenLoadModel": ["model_name", "weight_dtype"],
+    "VidGenLoadModel": ["model_name", "weight_dtype", "image_condition", "offload"],
     "VidGenLoadVAE": ["vae_name", "weight_dtype"],
     "VidGenLoadTextEncoders": ["text_name", "weight_dtype", "second_name", "vision_name", "tokenizer_folder"],
     "VidGenLoadAll": ["model_folder", "weight_dtype"],
@@ -297,6 +297,45 @@ def test_models_are_listed_as_comfyui_lays_them_out(tiny_bundle_dir: Path, tmp_p
     assert host.find("codec", "small/a.safetensors") == tmp_path / "vae" / "small" / "a.safetensors"
 
 
+def lay_out(place: Path) -> list[str]:
+    """One checkpoint of each kind below ``place`` (empty files, an index with two shards); the names of a list."""
+    folder = place / "model" / "transformer"
+    folder.mkdir(parents=True)
+    for name in ("a.gguf", "b.pt", "b_map.pt", "c.ckpt", "d.safetensors", "notes.txt", "e_map.pt"):
+        (place / name).touch()
+    shards = [f"w-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard in shards:
+        (folder / shard).touch()
+    (folder / "w.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("xy", shards, strict=True))}))
+    index = "model/transformer/w.safetensors.index.json"
+    return ["a.gguf", "b.pt", "c.ckpt", "d.safetensors", "e_map.pt", index]
+
+
+def test_every_kind_of_checkpoint_is_listed_and_shards_once(tmp_path: Path) -> None:
+    names = lay_out(tmp_path / "diffusion_models")
+    host = hosts.LocalNodeHost(folders=[tmp_path])
+    assert host.names("network")[len(hosts.bundled_names("network")) :] == names
+    assert all(host.find("network", name).is_file() for name in names)
+    assert host.find("network", "model/transformer").is_dir()
+    (tmp_path / "diffusion_models" / "model").rename(tmp_path / "model")
+    assert "model" in host.model_folders()
+
+
+def test_the_choices_of_load_model_reach_the_core(tiny_bundle_dir: Path, parts: tuple[Any, Any, Any]) -> None:
+    path = str(tiny_bundle_dir / "network.safetensors")
+    (streamed,) = LoadModel().load(path, "auto", "auto", "stream blocks")
+    assert all(tensor.is_meta for tensor in streamed.network.single_blocks.parameters())
+    assert not any(tensor.is_meta for tensor in parts[0].network.parameters())
+    (expected,), (found,) = (
+        Sampler().sample(model, conditioning(parts), empty(parts), negative=conditioning(parts, "x"), **SETTINGS)
+        for model in (parts[0], streamed)
+    )
+    assert torch.equal(expected["samples"], found["samples"])
+    (model,) = LoadModel().load(path, "auto", "token_replace", "off")
+    assert model.config.image_condition == "token_replace"
+    assert model.network.config.image_condition == "token_replace"
+
+
 def test_every_bundled_file_is_in_a_list() -> None:
     """In the one list of its part, told by its header."""
     listed = [name for kind in ("network", "codec", "text") for name in hosts.bundled_names(kind)]
@@ -403,6 +442,17 @@ def test_the_main_path_inside_comfyui(comfy: SimpleNamespace, tmp_path: Path, ti
     (images,) = Decode().decode(parts[1], latent)
     shown = SaveVideo().save(images, 8, "video/VidGen", "mp4", 17, prompt={}, extra_pnginfo={})["ui"]["images"][0]
     assert read_video(tmp_path / "output" / shown["subfolder"] / shown["filename"])[0].shape == (5, 48, 32, 3)
+
+
+def test_comfyui_lists_what_it_does_not_know_itself(
+    comfy: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "models" / "diffusion_models"
+    names = lay_out(place)
+    listed = [path.relative_to(place).as_posix() for path in place.glob("**/*.safetensors")]
+    monkeypatch.setattr(sys.modules["folder_paths"], "get_filename_list", lambda folder: listed)
+    shown = hosts.current().names("network")[len(hosts.bundled_names("network")) :]
+    assert sorted(shown) == names
 
 
 def test_interrupting_comfyui_passes_through(comfy: SimpleNamespace, parts: tuple[Any, Any, Any]) -> None:

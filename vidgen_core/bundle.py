@@ -17,6 +17,7 @@ from .model import TextFiles, VideoModel, build_part, inspect_header, network_of
 from .preview import LatentRGB, fit_preview
 from .types import VideoShape
 from .weights.header import Header, read_header
+from .weights.shards import ENDINGS, checkpoints_in
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +60,8 @@ def load_bundle(
     """All three parts of a model, wherever each one is recognised by its content.
 
     Args:
-        source: a folder of safetensors, the name of a bundled model, or the files; None takes the first bundled one.
+        source: a folder of checkpoints (or of folders with one each, as diffusers lays them out), the name of a
+            bundled model, or the files; None takes the first bundled one.
         dtype: of the weights; None chooses for the device.
         device: None asks the host.
 
@@ -76,7 +78,7 @@ def load_bundle(
     codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
     family = found["codec"].family
     return Bundle(
-        model=network_of(headers["network"], found["network"], dtype=dtype, device=device),
+        model=network_of(headers["network"], found["network"], dtype=dtype, device=device, stream=None),
         codec=family.codec(codec_module, found["codec"].config),
         text=text,  # type: ignore[arg-type]
         headers=headers,
@@ -117,9 +119,11 @@ def _files(source: Source) -> list[Path]:
     if not path.exists() and str(source) in bundled_models():
         path = bundled_models()[str(source)]
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
+        inner = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        files = checkpoints_in(path) or [file for folder in inner for file in checkpoints_in(folder)]
         if not files:
-            raise FileError("There is no checkpoint in this folder", given=path, expected="*.safetensors files")
+            expected = "files ending in " + ", ".join(ENDINGS)
+            raise FileError("There is no checkpoint in this folder", given=path, expected=expected)
         return files
     if not path.exists():
         names = ", ".join(bundled_models()) or "none"

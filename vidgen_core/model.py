@@ -277,11 +277,6 @@ def with_image_condition(header: Header, found: Found, choice: str) -> Found:
     """
     allowed = found.family.image_conditions(found.config)
     if choice == AUTO:
-        if allowed and not found.is_told:
-            log.info(
-                "%s does not say whether it is an image-to-video network: taken as %r. Choose image_condition if not.",
-                *(header.path.name, found.config.image_condition),
-            )
         return found
     if choice not in allowed:
         raise SettingsError(
@@ -308,6 +303,11 @@ def network_of(
 ) -> VideoModel:
     """:func:`load_network` of a checkpoint that is identified already."""
     preview = header.metadata.get(PREVIEW_KEY)
+    if not found.is_told:
+        log.info(
+            "%s does not say how an image guides it: taken as image_condition %r. Set it if that is wrong.",
+            *(header.path.name, found.config.image_condition),
+        )
     if stream is None:
         stream = must_stream(header, device)
         if stream:

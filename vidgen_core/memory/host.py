@@ -53,7 +53,7 @@ class Host(Protocol):
         ...
 
     def find(self, kind: str, name: str) -> Path:
-        """The file of ``kind`` (one of :data:`PARTS`) that the user calls ``name``."""
+        """The file or folder of ``kind`` (one of :data:`PARTS`) that the user calls ``name``."""
         ...
 
 
@@ -101,7 +101,7 @@ class LocalHost:
     def find(self, kind: str, name: str) -> Path:
         """Raises FileError, with the names that exist, when there is no such file."""
         direct = Path(name).expanduser()
-        if direct.is_file():
+        if name and direct.exists():
             return direct
         bundled = bundled_models()
         # Names come from workflows of strangers as well: they must not lead out of the folders.
@@ -110,12 +110,12 @@ class LocalHost:
             places = [root / folder / name for root in self.folders for folder in (*folders_of(kind), "")]
             places += [bundled[model] / file] if model in bundled and file else []
             for place in places:
-                if place.is_file():
+                if name and place.exists():
                     return place
         raise FileError(
             f"No {kind} checkpoint of this name was found",
             given=name,
-            expected="a path to a .safetensors file, or one of " + ", ".join(_bundled_files(bundled)),
+            expected="a path to a checkpoint, or one of " + ", ".join(_bundled_files(bundled)),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from .records import FLOAT8, Header, Place, packed_name, scale_name
 
 _ALIGNMENT = 64
 """bytes; what torch allocates begins at a multiple of it, and so does a mapped file"""
-_PROBE = 1024
-"""numbers at the start, the middle and the end of a weight that are looked at for NaN"""
+_PROBE_BYTES = 4096
+"""at the start, the middle and the end of a weight, which are looked at for NaN"""
 
 
 def load_module(
@@ -243,6 +244,12 @@ class _Plain:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> _Plain:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 
 # --- checking ---------------------------------------------------------------------------------------------------------
 
@@ -268,36 +275,44 @@ def check_numbers(header: Header) -> None:
     Raises:
         CheckpointError: a number is NaN or infinite.
     """
-    tensors = read_tensors(header)
-    for name, info in header.tensors.items():
-        if info.packing is not None:
-            packed = tensors[packed_name(name, info.packing)].flatten()
-            stretches = _samples(packed, PACKINGS[info.packing].num_block_bytes)
-            samples = [unpack(part.view(1, -1), info.packing) for part in stretches]
-        elif info.dtype.is_floating_point:
-            samples = _samples(tensors[name].flatten() if tensors[name].is_contiguous() else tensors[name], 1)
-        else:
-            continue
-        if name in header.scales:
-            samples.append(tensors[scale_name(name)])
-        if not all(bool(sample.float().isfinite().all()) for sample in samples):
-            raise CheckpointError(
-                f"The weight {name!r} has numbers that are not finite",
-                given=header.path,
-                expected="finite numbers everywhere",
-                do="the training or the conversion of this checkpoint failed, or the file is damaged: use another copy",
-            )
+    # Read, not mapped: one look at a mapped file may bring megabytes around it into memory.
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(_Plain(path)) for path in {place.file for place in header.places.values()}}
+        for name, info in header.tensors.items():
+            if info.packing is None and not info.dtype.is_floating_point:
+                continue
+            place = header.places[name]
+            unit = place.dtype.itemsize if info.packing is None else PACKINGS[info.packing].num_block_bytes
+            stretches = [
+                files[place.file].read(place.offset + start, length) for start, length in _probes(place.num_bytes, unit)
+            ]
+            if info.packing is None:
+                samples = [stretch.view(place.dtype).float() for stretch in map(torch.clone, stretches)]
+            else:
+                samples = [unpack(stretch.view(1, -1), info.packing) for stretch in stretches]
+            if not all(bool(sample.isfinite().all()) for sample in samples):
+                raise _not_finite(header, name)
+    scales = read_tensors(header, [scale_name(name) for name in header.scales])
+    for name in header.scales:
+        if not bool(scales[scale_name(name)].isfinite().all()):
+            raise _not_finite(header, name)
 
 
-def _samples(values: Tensor, unit: int) -> list[Tensor]:
-    """Up to three stretches of whole units."""
-    length = _PROBE // unit * unit or unit
-    if values.ndim != 1:
-        return [values[:1]]
-    if len(values) <= 16 * length:
-        return [values]
-    middle = len(values) // 2 // unit * unit
-    return [values[:length], values[middle : middle + length], values[-length:]]
+def _probes(num_bytes: int, unit: int) -> list[tuple[int, int]]:
+    """(start, length) in bytes of up to three stretches of whole units."""
+    length = -(-_PROBE_BYTES // unit) * unit
+    if num_bytes <= 16 * length:
+        return [(0, num_bytes)]
+    return [(0, length), (num_bytes // 2 // unit * unit, length), (num_bytes - length, length)]
+
+
+def _not_finite(header: Header, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"The weight {name!r} has numbers that are not finite",
+        given=header.path,
+        expected="finite numbers everywhere",
+        do="the training or the conversion of this checkpoint failed, or the file is damaged: use another copy",
+    )
 
 
 def check_names(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, where: str) -> None:

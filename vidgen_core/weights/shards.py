@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError, FileError
 from .records import damaged
 
-ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
+ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin", ".gguf")
 """of the files that are offered; what a file is does not depend on it"""
 INDEX = ".index.json"
 CONFIG_KEY = "config.json"
@@ -41,7 +41,7 @@ def complete_set(path: Path) -> list[Path]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, sorted: files, and a set of shards once (its index, or its first shard)."""
     indices = sorted(folder.glob(f"*{INDEX}"))
-    listed = {name for index in indices for name in _listed(index)}
+    listed = {path.name for index in indices for path in shards_of(index)}
     found = [*indices]
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.suffix.lower() not in ENDINGS or path.name in listed or not path.is_file():
@@ -82,6 +82,14 @@ def _in_folder(folder: Path) -> list[Path]:
             do="name the file to use",
         )
     return complete_set(found[0])
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index lists; none for a damaged one, which says so when it is opened."""
+    try:
+        return [index.with_name(name) for name in _listed(index)]
+    except CheckpointError:
+        return []
 
 
 def _listed(index: Path) -> list[str]:
