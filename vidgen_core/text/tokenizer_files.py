@@ -101,9 +101,10 @@ def _not_found(kind: Kind, weights: Path, places: TokenizerPlaces, passed_over: 
     folders = _folders(kind, weights, places)
     wanted = "tokenizer.json" if kind == "llama" else "tokenizer.json, or vocab.json and merges.txt"
     home = places.named or (weights if weights.is_dir() else weights.parent)
-    names = [f"{weights.stem}.tokenizer.json beside the weights"] if places.named is None else []
-    names += [f"tokenizer.json in {home / FOLDERS[kind][-1]}"]
-    names += [f"tokenizer.json in {root / kind}" for root in places.shared]
+    names = [f"tokenizer.json in {home / FOLDERS[kind][-1]}"]
+    if places.named is None:
+        names.insert(0, f"{weights.stem}.tokenizer.json beside the weights")
+        names += [f"tokenizer.json in {root / kind}" for root in places.shared]
     source = "xtuner/llava-llama-3-8b-v1_1-transformers" if kind == "llama" else "openai/clip-vit-large-patch14"
     given = f"{weights} without one"
     if passed_over:
