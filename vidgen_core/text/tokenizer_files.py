@@ -134,15 +134,19 @@ def clip_tokenizer(vocabulary: Path, merges: Path) -> Tokenizer:
     start, end = "<|startoftext|>", "<|endoftext|>"
     try:
         words = json.loads(vocabulary.read_text(encoding="utf-8"))
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        lines = merges.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise _not_clip(vocabulary, "files that cannot be read") from error
     if not isinstance(words, dict) or start not in words or end not in words:
         raise _not_clip(vocabulary, f"a vocabulary without {start} and {end}")
-    pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    bad = next((pair for pair in pairs if len(pair) != 2 or "".join(pair) not in words), None)
-    if bad is not None:
-        raise _not_clip(merges, f"the merge {' '.join(bad)!r}, which the vocabulary does not have")
+    pairs: list[tuple[str, str]] = []
+    for line in lines:
+        if not line.strip() or line.startswith("#version"):
+            continue
+        first, _, second = line.strip().partition(" ")
+        if first + second not in words:
+            raise _not_clip(merges, f"the merge {line.strip()!r}, which the vocabulary does not have")
+        pairs.append((first, second))
     backend = Backend(models.BPE(words, pairs, unk_token=end, end_of_word_suffix="</w>", fuse_unk=False))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
