@@ -49,14 +49,14 @@ def in_layout(weights: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def ask(model: VideoModel) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
+    generator, device = torch.Generator().manual_seed(1), model.device
     cond = Conditioning(
-        context=torch.randn(1, 5, 32, generator=generator),
-        pooled=torch.randn(1, 32, generator=generator),
-        scalars={"guidance": torch.tensor([6.0])},
+        context=torch.randn(1, 5, 32, generator=generator).to(device),
+        pooled=torch.randn(1, 32, generator=generator).to(device),
+        scalars={"guidance": torch.tensor([6.0], device=device)},
     )
     with torch.no_grad():
-        return model.predict(torch.randn(1, 16, 2, 4, 4, generator=generator), torch.tensor(0.5), cond)
+        return model.predict(torch.randn(1, 16, 2, 4, 4, generator=generator).to(device), torch.tensor(0.5), cond)
 
 
 def blocks_of(model: VideoModel) -> list[nn.Module]:
@@ -201,6 +201,24 @@ def test_lists_inside_a_submodule_stream_as_well(tmp_path: Path, published: Call
     assert all(tensor.is_meta for tensor in stack.llama.layers.parameters())
 
 
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_network_streams_by_itself_where_memory_is_short(
+    published: Callable[..., Path],
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    is_full: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = published("safetensors", tmp_path, weights)
+    free = path.stat().st_size if is_full else 2 * path.stat().st_size
+    monkeypatch.setattr("vidgen.vidgen_core.model.available_memory", lambda: free)
+    with caplog.at_level("INFO", logger="vidgen"):
+        model = load_network(path, stream=None)
+    assert all(tensor.is_meta for block in blocks_of(model) for tensor in block.parameters()) == is_full
+    assert ("read from the file as they run" in caplog.text) == is_full
+
+
 def test_a_part_is_built_with_streams_of_choice(
     published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -217,18 +235,4 @@ def test_streaming_to_a_gpu(
 ) -> None:
     path = published(kind, tmp_path, weights)
     streamed, resident = (load_network(path, stream=stream, device="cuda") for stream in (True, False))
-    answers = [model.predict(*(x.cuda() for x in _question()), _told("cuda")) for model in (streamed, resident)]
-    assert torch.equal(*answers)
-
-
-def _question() -> tuple[Tensor, Tensor]:
-    return torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor(0.5)
-
-
-def _told(device: str) -> Conditioning:
-    generator = torch.Generator().manual_seed(2)
-    return Conditioning(
-        context=torch.randn(1, 5, 32, generator=generator).to(device),
-        pooled=torch.randn(1, 32, generator=generator).to(device),
-        scalars={"guidance": torch.tensor([6.0], device=device)},
-    )
+    assert torch.equal(ask(streamed), ask(resident))
