@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vidgen.benchmarks.full_size_text import stub_clip_files, stub_llama_tokenizer
+from vidgen.training.export import export_text
 from vidgen.vidgen_core.errors import CheckpointError, UserError
 from vidgen.vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, TextConfig, VisionDims
 from vidgen.vidgen_core.families.hunyuan.text import TextStack
@@ -137,6 +138,17 @@ def test_with_the_image_encoder(names: tuple[str, ...], files: dict[str, Path], 
     found = load_text(*(files[name] for name in names), tokenizers=places(tokens))
     assert found.config == CONFIG
     assert_same(found, stack, image=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_encoders_in_one_file_of_ours(stream: bool, tmp_path: Path, stack: TextStack) -> None:
+    """With their tokenizers and the image encoder; also where LLaMA's layers stay in the file."""
+    path = tmp_path / "text.safetensors"
+    export_text(path, stack)
+    found = load_text(path, stream=stream)
+    assert found.config == CONFIG
+    assert_same(found, stack, image=True)
+    assert all(tensor.is_meta == stream for tensor in found.llama.layers.state_dict().values())
 
 
 def test_the_fingerprint_is_that_of_the_files(files: dict[str, Path], tokens: Path) -> None:
