@@ -242,7 +242,7 @@ class LocalNodeHost(LocalHost):
         return bundled_names(kind) + sorted(found)
 
     def model_folders(self) -> dict[str, Path]:
-        kinds = {folder for kind in FOLDERS for folder in folders_of(kind)}
+        kinds = {folder for kind in FOLDERS for folder in folders_of(kind)} | {EMBEDDINGS_FOLDER.parts[0]}
         own = {folder.name: folder for root in self.folders for folder in folders_with_checkpoints(root)}
         return bundled_models() | {name: own[name] for name in sorted(own.keys() - kinds)}
 
