@@ -213,7 +213,9 @@ def run(config: NetworkConfig, folder: Path | None) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.full_size", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m vidgen.benchmarks.full_size", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--double", type=int, help="double blocks, for a trial (20 by default)")
     parser.add_argument("--single", type=int, help="single blocks, for a trial (40 by default)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written; the system's temporary folder")

@@ -185,7 +185,8 @@ def published() -> Callable[..., Path]:
     """Writes weights the way others do: ``published(kind, folder, tensors)`` gives the path to load.
 
     Kinds: safetensors, shards, folder, torch, torch_bare, gguf (packed as ``packing``), float8 (a plain cast),
-    float8_scaled (ComfyUI's scales beside each weight), float8_map (Tencent's two files).
+    float8_scaled and float8_noted (ComfyUI's scales beside each weight, the older and the newer way), float8_map
+    (Tencent's two files).
     """
 
     def is_linear(name: str, tensor: torch.Tensor) -> bool:
@@ -256,7 +257,11 @@ def published() -> Callable[..., Path]:
             torch.save(layers, folder / "model_map.pt")
             return torch_file
         if kind.startswith("float8"):
-            tensors, scales = float8(tensors, scaled=kind == "float8_scaled")
+            tensors, scales = float8(tensors, scaled=kind != "float8")
+            if kind == "float8_noted":
+                note = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+                tensors |= {f"{name}_scale": scale for name, scale in scales.items()}
+                tensors |= {name.removesuffix("weight") + "comfy_quant": note.clone() for name in scales}
             if kind == "float8_scaled":
                 tensors |= {name.removesuffix("weight") + "scale_weight": scale for name, scale in scales.items()}
                 tensors["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)

@@ -168,7 +168,7 @@ def longer(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
-        (lambda data: b"just a text file\n" * 20, "not a safetensors file"),
+        (lambda data: b"just a text file\n" * 20, "not a checkpoint"),
         (lambda data: PNG, "PNG"),
         (lambda data: bytes((7 * n * n + 13 * n) % 251 for n in range(4000)), "safetensors"),
         (lambda data: b"", "empty"),

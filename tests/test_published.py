@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import subprocess
 import sys
 import textwrap
@@ -243,7 +244,7 @@ def test_a_diffusers_folder_says_what_its_network_is_for(
 # --- float8 and GGUF --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["float8", "float8_scaled", "float8_map"])
+@pytest.mark.parametrize("kind", ["float8", "float8_scaled", "float8_noted", "float8_map"])
 def test_three_meanings_of_float8(
     published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, kind: str
 ) -> None:
@@ -342,6 +343,23 @@ def test_a_gguf_file_of_half_precision(tmp_path: Path, numbers: torch.dtype) -> 
     assert torch.equal(read_tensors(read_header(path))["w"], source)
 
 
+def test_scales_may_lie_in_another_shard(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    single = published("float8_scaled", tmp_path / "single", weights)
+    tensors = read_file(single)
+    shards = published("shards", tmp_path / "shards", dict(sorted(tensors.items(), key=lambda item: item[0][::-1])))
+    assert read_header(shards).scales.keys() == read_header(single).scales.keys()
+    first, second = (load_network(path).network.state_dict() for path in (single, shards))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def test_parts_with_scales_of_their_own_make_one_weight(
     published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -404,6 +422,34 @@ def test_loading_takes_hardly_more_than_the_file(tmp_path: Path, ending: str) ->
     assert num_bytes > 400e6
     assert loaded < 0.05 * num_bytes
     assert 0.9 * num_bytes < used < 1.15 * num_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a POSIX system with sparse files")
+def test_a_file_larger_than_main_memory_is_mapped_all_the_same(tmp_path: Path) -> None:
+    """Of 1 TB that the disk does not hold either, but for its last numbers."""
+    length, path = 2**40, tmp_path / "huge.safetensors"
+    table = {
+        "huge": {"dtype": "U8", "shape": [length], "data_offsets": [0, length]},
+        "small": {"dtype": "F32", "shape": [2], "data_offsets": [length, length + 8]},
+    }
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.seek(length, 1)
+        file.write(struct.pack("<2f", 3.0, 4.0))
+    tensors = read_tensors(read_header(path))
+    assert tensors["small"].tolist() == [3.0, 4.0]
+    assert tensors["huge"][-2:].tolist() == [0, 0]
+
+
+def test_mapped_weights_may_be_changed_without_changing_the_file(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = published("safetensors", tmp_path, weights)
+    before = path.read_bytes()
+    load_network(path).network.img_in.proj.weight.zero_()
+    assert path.read_bytes() == before
 
 
 def header_with(num_bytes: int, dtype: torch.dtype = torch.float8_e4m3fn, packing: str | None = None) -> Header:

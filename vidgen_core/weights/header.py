@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from ..errors import CheckpointError, FileError
 from .gguf_file import read_gguf
-from .records import FLOAT8, SCALE, Header, Place, TensorInfo, scale_name
+from .records import FLOAT8, SCALE, Header, Place, TensorInfo
 from .safetensors_file import DTYPES, read_safetensors
 from .shards import CONFIG_KEY, complete_set, config_text
 from .torch_file import map_file, read_scale_map, read_torch
@@ -23,10 +23,11 @@ from .torch_file import map_file, read_scale_map, read_torch
 __all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
 
 _PROBE_BYTES = 65_536
-_MARKER = "scaled_fp8"
-"""an empty tensor by which ComfyUI's files say that they have scales"""
-_UNUSED = (".scale_input", ".input_scale")
-"""scales of activations, for multiplying in float8; here weights are widened instead"""
+_SCALES = (SCALE, "weight_scale")
+"""last part of the name of a weight's scale in ComfyUI's files: the older and the newer way"""
+_NOTES = ("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale")
+"""ends of the names of tensors that say that there are scales, and of the scales of activations for multiplying in
+float8; here weights are widened instead"""
 
 # How other files begin, what they are, and what to do about them.
 _OTHER_FORMATS: tuple[tuple[bytes, str, str], ...] = (
@@ -59,7 +60,7 @@ def read_header(path: str | Path) -> Header:
         files = complete_set(path)
         headers = [_read_file(file) for file in files]
         config = config_text(files[0].parent) if path.is_dir() or len(files) > 1 else None
-    header = headers[0] if len(headers) == 1 else _union(path, headers)
+    header = _with_scales(headers[0] if len(headers) == 1 else _union(path, headers))
     if config is None:
         return header
     return replace(header, metadata={CONFIG_KEY: config, **header.metadata})
@@ -95,16 +96,14 @@ def _read_file(path: Path) -> Header:
         else:
             container, contents = "safetensors", read_safetensors(path, file, num_bytes)
         digest = _digest(contents.head, file, contents.data_start, num_bytes)
-    return _with_scales(
-        Header(
-            path=path,
-            tensors=contents.tensors,
-            metadata=contents.metadata,
-            num_bytes=num_bytes,
-            digest=digest,
-            container=container,
-            places=contents.places,
-        )
+    return Header(
+        path=path,
+        tensors=contents.tensors,
+        metadata=contents.metadata,
+        num_bytes=num_bytes,
+        digest=digest,
+        container=container,
+        places=contents.places,
     )
 
 
@@ -123,11 +122,13 @@ def _with_scales(header: Header) -> Header:
     float8 = {name for name, info in header.tensors.items() if info.dtype in FLOAT8}
     if not float8:
         return header
-    inside = {name: scale_name(name) for name in float8 if scale_name(name) in header.tensors}
-    beside = {name for name in header.tensors if name.endswith((_MARKER, f".{SCALE}", *_UNUSED))}
+    named = {name: [name.removesuffix("weight") + scale for scale in _SCALES] for name in float8}
+    inside = {name: scale for name, scales in named.items() for scale in scales if scale in header.tensors}
+    beside = {name for name in header.tensors if name.endswith((*_NOTES, *(f".{scale}" for scale in _SCALES)))}
     scales: Mapping[str, Place] = {name: header.places[scale] for name, scale in inside.items()}
     scale_file = None
-    if header.container == "torch" and not scales:
+    is_single = all(place.file == header.path for place in header.places.values())
+    if header.container == "torch" and not scales and is_single:
         scale_file = map_file(header.path)
         scales = read_scale_map(scale_file, sorted(float8)) if scale_file.is_file() else {}
     return replace(
@@ -151,7 +152,6 @@ def _union(path: Path, headers: list[Header]) -> Header:
         num_bytes=sum(header.num_bytes for header in headers),
         digest=digest,
         places={name: place for header in headers for name, place in header.places.items()},
-        scales={name: place for header in headers for name, place in header.scales.items()},
     )
 
 

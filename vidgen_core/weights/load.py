@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..memory.stream import BlockStream
+from .files import MappedFile, PlainFile
 from .layout import Layout
 from .packing import PACKINGS, unpack
 from .quantise import fit, module_of, quantise_linears
 from .records import FLOAT8, Header, Place, packed_name, scale_name
 
-_ALIGNMENT = 64
-"""bytes; what torch allocates begins at a multiple of it, and so does a mapped file"""
 _PROBE_BYTES = 4096
 """at the start, the middle and the end of a weight, which are looked at for NaN"""
 
@@ -86,6 +85,7 @@ class _Sources:
     ) -> None:
         self.header, self.layout, self.wanted, self.dtype, self.device = header, layout, wanted, dtype, device
         self.places = _stored_places(header)
+        self.mappings: dict[Path, MappedFile] = {}
         self.native = dict(zip(self.places, self.places, strict=True))
         if layout is not None:
             self.native = layout.native_names(self.places)
@@ -103,7 +103,8 @@ class _Sources:
         """Mapped where the file's bytes become the weights as they are; else read, so that the copy is the only one."""
         targets = [self.native[name] for name in names]
         as_they_are = self.device.type == "cpu" and len(set(targets)) == len(targets)
-        return read_tensors(self.header, names, mapped=as_they_are and not any(map(self._is_cast, names)))
+        mapped = as_they_are and not any(map(self._is_cast, names))
+        return read_tensors(self.header, names, mapped=mapped, mappings=self.mappings)
 
     def _is_cast(self, name: str) -> bool:
         dtype = self.places[name].dtype
@@ -158,6 +159,7 @@ def read_tensors(
     *,
     device: torch.device | str = "cpu",
     mapped: bool = True,
+    mappings: dict[Path, MappedFile] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of a checkpoint under their stored names, whatever kind of file it is.
 
@@ -166,20 +168,23 @@ def read_tensors(
 
     Args:
         names: stored names; None reads all.
-        mapped: views of the mapped files, read when they are used and not to be written to; else copies.
+        mapped: views of the mapped files, read when they are used; else copies.
+        mappings: of the files, to be shared by several calls; those that are missing are added.
 
     Raises:
         CheckpointError: a file is gone or has changed since its header was read.
     """
     places = _stored_places(header)
     places = places if names is None else {name: places[name] for name in names}
-    open_file = _Mapped if mapped else _Plain
+    mappings = {} if mappings is None else mappings
     scales = {scale_name(weight): place for weight, place in header.scales.items()}
-    files: dict[Path, _Mapped | _Plain] = {}
+    files: dict[Path, MappedFile | PlainFile] = {}
     tensors = {}
     try:
         for path in dict.fromkeys(place.file for place in places.values()):
-            files[path] = open_file(path)
+            if mapped and path not in mappings:
+                mappings[path] = MappedFile(path)
+            files[path] = mappings[path] if mapped else PlainFile(path)
         for name, place in places.items():
             stored = scales.get(name, place)
             tensor = _shaped(files[place.file].read(stored.offset, stored.num_bytes), stored)
@@ -202,53 +207,6 @@ def _shaped(data: Tensor, place: Place) -> Tensor:
     if place.stride is None:
         return data.view(place.dtype).view(place.shape)
     return data.view(place.dtype).as_strided(place.shape, place.stride)
-
-
-class _Mapped:
-    """A file mapped into memory."""
-
-    def __init__(self, path: Path) -> None:
-        num_bytes = path.stat().st_size
-        self._data = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
-
-    def read(self, offset: int, num_bytes: int) -> Tensor:
-        if offset + num_bytes > len(self._data):
-            raise EOFError("the file became shorter")
-        return self._data[offset : offset + num_bytes]
-
-    def close(self) -> None:
-        """The mapping goes with the last tensor that looks at it."""
-
-
-class _Plain:
-    """A file read piece by piece into new memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-
-    def read(self, offset: int, num_bytes: int) -> Tensor:
-        # As far from a cache line as in the mapped file: a matrix product on the CPU rounds differently when its
-        # operands are aligned differently, and a streamed block must give the bits of a resident one.
-        start = offset % _ALIGNMENT
-        data = torch.empty(num_bytes + start, dtype=torch.uint8)[start:]
-        view = data.numpy().data
-        self._file.seek(offset)
-        done = 0
-        while done < num_bytes:
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise EOFError("the file became shorter")
-            done += count
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> _Plain:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
@@ -277,7 +235,9 @@ def check_numbers(header: Header) -> None:
     """
     # Read, not mapped: one look at a mapped file may bring megabytes around it into memory.
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(_Plain(path)) for path in {place.file for place in header.places.values()}}
+        files = {
+            path: stack.enter_context(PlainFile(path)) for path in {place.file for place in header.places.values()}
+        }
         for name, info in header.tensors.items():
             if info.packing is None and not info.dtype.is_floating_point:
                 continue
