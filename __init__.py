@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
+    from .nodes.embeddings import LoadEmbeddings, SaveEmbeddings
     from .nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
     from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler
@@ -20,6 +21,8 @@ if __package__:
         "VidGenLoadTextEncoders": LoadTextEncoders,
         "VidGenLoadAll": LoadAll,
         "VidGenEncodePrompt": EncodePrompt,
+        "VidGenSaveEmbeddings": SaveEmbeddings,
+        "VidGenLoadEmbeddings": LoadEmbeddings,
         "VidGenEmptyLatent": EmptyLatent,
         "VidGenSampler": Sampler,
         "VidGenDecode": Decode,
@@ -35,6 +38,8 @@ if __package__:
         "VidGenLoadTextEncoders": "Load Text Encoders (VidGen)",
         "VidGenLoadAll": "Load All (VidGen)",
         "VidGenEncodePrompt": "Encode Prompt (VidGen)",
+        "VidGenSaveEmbeddings": "Save Embeddings (VidGen)",
+        "VidGenLoadEmbeddings": "Load Embeddings (VidGen)",
         "VidGenEmptyLatent": "Empty Latent (VidGen)",
         "VidGenSampler": "Sampler (VidGen)",
         "VidGenDecode": "Decode (VidGen)",

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +45,48 @@ NUM_TEXT_TOKENS = 64
 # the checkpoint
 
 
+Entry = tuple[str, tuple[int, ...], str]
+"""name, shape and the format's name of a dtype"""
+
+
+def write_random(path: Path, entries: Sequence[Entry], *, seed: int = 0) -> int:
+    """A safetensors file of random numbers: float8 of deviation 1 with scales of 0.02, else of deviation 0.02.
+
+    Returns:
+        its size in bytes.
+
+    Raises:
+        FileError: the disk has no room for it.
+    """
+    import torch
+
+    size = {"F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
+    table, end = {}, 0
+    for name, shape, kind in entries:
+        start, end = end, end + size[kind] * torch.Size(shape).numel()
+        table[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 64)
+    _check_room(path.parent, 8 + len(head) + end)
+
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(PAGE, generator=generator)
+    pages = {
+        "F8_E4M3": normal.to(torch.float8_e4m3fn),
+        "F16": (0.02 * normal).half(),
+        "BF16": (0.02 * normal).to(torch.bfloat16),
+        "F32": torch.full((1,), 0.02),
+    }
+    raw = {kind: _bytes(page) for kind, page in pages.items()}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for _, shape, kind in entries:
+            left = size[kind] * torch.Size(shape).numel()
+            while left:
+                left -= file.write(raw[kind][: min(left, len(raw[kind]))])
+    return path.stat().st_size
+
+
 def write_checkpoint(path: Path, config: NetworkConfig, *, seed: int = 0) -> int:
     """A safetensors file with Tencent's names: float8 and ComfyUI's scales in the blocks' linear layers, else bfloat16.
 
@@ -60,37 +103,13 @@ def write_checkpoint(path: Path, config: NetworkConfig, *, seed: int = 0) -> int
 
     with torch.device("meta"):
         weights = HunyuanVideoTransformer(config).state_dict()
-    entries: list[tuple[str, tuple[int, ...], str]] = []
+    entries: list[Entry] = []
     for name, tensor in weights.items():
         is_small = "_blocks." in name and name.endswith(".weight") and tensor.ndim == 2
         entries.append((name, tuple(tensor.shape), "F8_E4M3" if is_small else "BF16"))
         if is_small:
             entries.append((scale_name(name), (), "F32"))
-
-    size = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-    table, end = {}, 0
-    for name, shape, kind in entries:
-        start, end = end, end + size[kind] * torch.Size(shape).numel()
-        table[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 64)
-    _check_room(path.parent, 8 + len(head) + end)
-
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(PAGE, generator=generator)
-    pages = {
-        "F8_E4M3": normal.to(torch.float8_e4m3fn),
-        "BF16": (0.02 * normal).to(torch.bfloat16),
-        "F32": torch.full((1,), 0.02),
-    }
-    raw = {kind: _bytes(page) for kind, page in pages.items()}
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        for _, shape, kind in entries:
-            left = size[kind] * torch.Size(shape).numel()
-            while left:
-                left -= file.write(raw[kind][: min(left, len(raw[kind]))])
-    return path.stat().st_size
+    return write_random(path, entries, seed=seed)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,11 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..vidgen_core.embeddings import PART
 from ..vidgen_core.errors import FileError, UserError
-from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_models
+from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_models, folders_of
 from ..vidgen_core.weights.header import read_header
 from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
 
+EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
+"""under ``models/``"""
 VIDEO_ENDINGS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"})
 
 
@@ -30,7 +33,15 @@ class NodeHost(Host, Protocol):
     """The core's host and what nodes need besides."""
 
     def names(self, kind: str) -> list[str]:
-        """Checkpoints of ``kind`` ("network", "codec", "text") for a loader's list, the bundled ones first."""
+        """Checkpoints of ``kind`` (a key of ``FOLDERS``) for a loader's list, the bundled ones first."""
+        ...
+
+    def text_folders(self) -> list[Path]:
+        """The folders of text encoders, whose ``llama`` and ``clip`` may hold tokenizers."""
+        ...
+
+    def find_tokenizers(self, name: str) -> Path:
+        """The folder of tokenizers that the user calls ``name``; FileError if there is none."""
         ...
 
     def model_folders(self) -> dict[str, Path]:
@@ -51,6 +62,18 @@ class NodeHost(Host, Protocol):
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         """(file to write, its folder relative to the output folder); the file does not exist yet, its folder does."""
+        ...
+
+    def embeddings(self) -> dict[str, Path]:
+        """name -> file of encoded prompts: those in ``models/embeddings/vidgen``, then those in the output folder."""
+        ...
+
+    def find_embeddings(self, name: str) -> Path:
+        """The file of encoded prompts that the user calls ``name``; FileError if there is none."""
+        ...
+
+    def embeddings_path(self, prefix: str) -> tuple[Path, str]:
+        """As :meth:`output_path`, for encoded prompts."""
         ...
 
     def keeps_metadata(self) -> bool:
@@ -139,6 +162,58 @@ def known_folder(host: NodeHost, name: str) -> Path:
     return folders[name]
 
 
+def known_subfolder(roots: Sequence[Path], name: str) -> Path:
+    """A folder below one of ``roots``; FileError if there is none, or if the name leads elsewhere."""
+    parts = Path(name.replace("\\", "/")).parts
+    if parts and ".." not in parts and not Path(name).is_absolute():
+        for root in roots:
+            if (root / name).is_dir():
+                return root / name
+    places = " or ".join(str(root) for root in roots) or "the folder of text encoders"
+    raise FileError(
+        "There is no such folder of tokenizers",
+        given=name,
+        expected=f"the name of a folder in {places}",
+        do="put the folder there, or leave tokenizer_folder empty",
+    )
+
+
+OUTPUT_MARK = " [output]"
+"""ComfyUI's mark of a file in the output folder"""
+
+
+def embeddings_in(folders: Sequence[Path], output: Path) -> dict[str, Path]:
+    """name -> file of encoded prompts, told by their headers."""
+    listed = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob(_ENCODED)}
+    made = {f"{path.relative_to(output).as_posix()}{OUTPUT_MARK}": path for path in output.rglob(_ENCODED)}
+    listed, made = (dict(sorted(files.items())) for files in (listed, made))
+    return {name: path for name, path in (listed | made).items() if holds_embeddings(path)}
+
+
+_ENCODED = "*.safetensors"
+
+
+def holds_embeddings(path: Path) -> bool:
+    try:
+        return read_header(path).metadata.get("vidgen.part") == PART
+    except UserError:  # a damaged file must not hide the others; loading it by its path says what is wrong
+        return False
+
+
+def known_embeddings(host: NodeHost, name: str) -> Path:
+    """A file of ``host.embeddings()``; FileError with the names that exist."""
+    files = host.embeddings()
+    if name not in files:
+        some = ", ".join(list(files)[:8]) or "none at all"
+        raise FileError(
+            "There are no such encoded prompts",
+            given=name,
+            expected=f"one of {some}",
+            do="put the file into models/embeddings/vidgen, or press R to read the folders again",
+        )
+    return files[name]
+
+
 def numbered(folder: Path, stem: str, suffix: str) -> Path:
     """``stem_00001.mp4`` with the first number above all that are there."""
     pattern = re.compile(re.escape(stem) + r"_(\d+)_?\.\w+")
@@ -162,13 +237,14 @@ class LocalNodeHost(LocalHost):
     """the videos that were saved, in order"""
 
     def names(self, kind: str) -> list[str]:
-        places = [root / FOLDERS[kind] for root in self.folders]
+        places = [root / folder for root in self.folders for folder in folders_of(kind)]
         found = {path.relative_to(place).as_posix() for place in places for path in checkpoints_below(place)}
         return bundled_names(kind) + sorted(found)
 
     def model_folders(self) -> dict[str, Path]:
+        kinds = {folder for kind in FOLDERS for folder in folders_of(kind)} | {EMBEDDINGS_FOLDER.parts[0]}
         own = {folder.name: folder for root in self.folders for folder in folders_with_checkpoints(root)}
-        return bundled_models() | {name: own[name] for name in sorted(own.keys() - FOLDERS.values())}
+        return bundled_models() | {name: own[name] for name in sorted(own.keys() - kinds)}
 
     def find_model_folder(self, name: str) -> Path:
         path = Path(name).expanduser()
@@ -196,6 +272,30 @@ class LocalNodeHost(LocalHost):
         self.saved.append(path)
         return path, subfolder
 
+    def text_folders(self) -> list[Path]:
+        return [root / folder for root in self.folders for folder in folders_of("text")]
+
+    def find_tokenizers(self, name: str) -> Path:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else known_subfolder(self.text_folders(), name)
+
+    def embeddings(self) -> dict[str, Path]:
+        folders = [root / EMBEDDINGS_FOLDER for root in self.folders]
+        return embeddings_in(folders, self._output_root())
+
+    def find_embeddings(self, name: str) -> Path:
+        path = Path(name).expanduser()
+        return path if path.is_file() else known_embeddings(self, name)
+
+    def embeddings_path(self, prefix: str) -> tuple[Path, str]:
+        place = inside(self._output_root(), prefix)
+        make_folder(place.parent)
+        subfolder = Path(prefix).parent.as_posix().removeprefix(".")
+        return numbered(place.parent, place.name or "VidGen", ".safetensors"), subfolder
+
+    def _output_root(self) -> Path:
+        return self.output_folder if self.output_file is None else self.output_file.parent
+
     def keeps_metadata(self) -> bool:
         return True
 
@@ -216,6 +316,19 @@ class LocalNodeHost(LocalHost):
             return self.output_file.parent, self.output_file.name
         make_folder(self.output_folder)
         return self.output_folder, "run"
+
+
+def inside(root: Path, prefix: str) -> Path:
+    """``root / prefix``; FileError where that leads out of the folder."""
+    place = root / prefix.replace("\\", "/")
+    if not place.resolve().is_relative_to(root.resolve()) or ".." in Path(prefix).parts:
+        raise FileError(
+            "The file would lie outside of the output folder",
+            given=prefix,
+            expected=f"a name inside {root}",
+            do="leave out .. and the beginning slash",
+        )
+    return place
 
 
 def make_folder(folder: Path) -> None:
@@ -317,6 +430,27 @@ class ComfyHost:
         root = folder_paths.get_output_directory()
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
         return Path(folder) / f"{stem}_{counter:05}_{suffix}", subfolder
+
+    def text_folders(self) -> list[Path]:
+        import folder_paths
+
+        return [Path(place) for place in folder_paths.get_folder_paths(FOLDERS["text"])]
+
+    def find_tokenizers(self, name: str) -> Path:
+        return known_subfolder(self.text_folders(), name)
+
+    def embeddings(self) -> dict[str, Path]:
+        import folder_paths
+
+        return embeddings_in(
+            [Path(folder_paths.models_dir) / EMBEDDINGS_FOLDER], Path(folder_paths.get_output_directory())
+        )
+
+    def find_embeddings(self, name: str) -> Path:
+        return known_embeddings(self, name)
+
+    def embeddings_path(self, prefix: str) -> tuple[Path, str]:
+        return self.output_path(prefix, ".safetensors")
 
     def keeps_metadata(self) -> bool:
         from comfy.cli_args import args

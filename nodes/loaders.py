@@ -11,6 +11,8 @@ from ..vidgen_core.errors import UserError
 from .wires import CATEGORY, MODEL, TEXT, VAE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -21,6 +23,9 @@ DTYPE_INPUT = (
         "tooltip": "Number format of the weights. auto: float32 on a CPU, on a GPU what the file has.",
     },
 )
+
+
+NONE = "none"
 
 
 def names(kind: str) -> list[str]:
@@ -128,8 +133,11 @@ class LoadVAE:
 
 class LoadTextEncoders:
     CATEGORY = f"{CATEGORY}/loaders"
-    DESCRIPTION = "Loads the text encoders that turn a prompt into what the network reads."
-    SEARCH_ALIASES = ["llama", "clip", "text encoder"]
+    DESCRIPTION = (
+        "Loads the text encoders that turn a prompt into what the network reads: from one file, or LLaMA and CLIP from "
+        "two. Each file is recognised by what is inside it, so their order does not matter."
+    )
+    SEARCH_ALIASES = ["llama", "llava", "clip", "text encoder", "dual clip loader"]
     RETURN_TYPES = (TEXT,)
     RETURN_NAMES = ("text_encoders",)
     OUTPUT_TOOLTIPS = ("The text encoders, for Encode Prompt.",)
@@ -137,22 +145,70 @@ class LoadTextEncoders:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "Text encoders (.safetensors) from models/text_encoders, or bundled ones."
-        return {"required": {"text_name": (names("text"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT}}
+        tooltip = "Text encoders from models/text_encoders or models/clip, or bundled ones: LLaMA, or all in one file."
+        second = "The other encoder where they come in two files: llava_llama3 in one, clip_l in the other."
+        vision = "LLaVA's image encoder from models/clip_vision, for prompts with an image. A whole LLaVA has its own."
+        folder = (
+            "Where the tokenizers are, if not beside the files: a folder in models/text_encoders with tokenizer.json "
+            "of LLaMA in its folder llama, and that of CLIP in clip. Empty: the usual places."
+        )
+        return {
+            "required": {"text_name": (names("text"), {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT},
+            "optional": {
+                "second_name": ([NONE, *names("text")], {"default": NONE, "tooltip": second}),
+                "vision_name": ([NONE, *names("vision")], {"default": NONE, "tooltip": vision}),
+                "tokenizer_folder": ("STRING", {"default": "", "tooltip": folder}),
+            },
+        }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, text_name: str) -> bool | str:
-        return found("text", text_name)
+    def VALIDATE_INPUTS(
+        cls, text_name: str, second_name: str = NONE, vision_name: str = NONE, tokenizer_folder: str = ""
+    ) -> bool | str:
+        from .host import current
 
-    def load(self, text_name: str, weight_dtype: str) -> tuple[Any]:
+        try:
+            encoder_files(text_name, second_name, vision_name)
+            if tokenizer_folder:
+                current().find_tokenizers(tokenizer_folder)
+        except UserError as error:
+            return str(error)
+        return True
+
+    def load(
+        self,
+        text_name: str,
+        weight_dtype: str,
+        second_name: str = NONE,
+        vision_name: str = NONE,
+        tokenizer_folder: str = "",
+    ) -> tuple[Any]:
         from ..vidgen_core.model import load_text
+        from ..vidgen_core.text.tokenizer_files import TokenizerPlaces
         from ..vidgen_core.weights.header import read_header
         from .host import current
 
         host = current()
-        path = host.find("text", text_name)
-        host.make_room(read_header(path).num_bytes)
-        return (load_text(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+        paths = encoder_files(text_name, second_name, vision_name)
+        named = host.find_tokenizers(tokenizer_folder) if tokenizer_folder else None
+        for path in paths:
+            host.make_room(read_header(path).num_bytes)
+        stack = load_text(
+            *paths,
+            dtype=torch_dtype(weight_dtype),
+            device=host.device(),
+            tokenizers=TokenizerPlaces(named=named, shared=host.text_folders()),
+            stream=None,
+        )
+        return (stack,)
+
+
+def encoder_files(text_name: str, second_name: str, vision_name: str) -> list[Path]:
+    """The chosen files; FileError for one that is not there."""
+    from .host import current
+
+    chosen = (("text", text_name), ("text", second_name), ("vision", vision_name))
+    return [current().find(kind, name) for kind, name in chosen if name != NONE]
 
 
 class LoadAll:

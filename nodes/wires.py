@@ -35,6 +35,10 @@ class EncodedPrompt:
     """the family's own dataclass of tensors"""
     text_config: Any
     """of the encoders, to tell whether they belong to the network"""
+    template: str = ""
+    """its kind: "video", "image", "i2v video", "i2v image", "custom" """
+    fingerprint: str = ""
+    """of the encoders' files"""
 
 
 def check_text(model: VideoModel, encoded: EncodedPrompt) -> None:

@@ -37,7 +37,8 @@ def state_on_meta(part: str, config: object) -> dict[str, torch.Tensor]:
 
 def test_records_are_complete_and_found_by_name() -> None:
     assert all(isinstance(family, Family) and family.name == name for name, family in FAMILIES.items())
-    assert all(set(family.parts) == {"network", "codec", "text"} for family in FAMILIES.values())
+    assert all({"network", "codec", "text"} <= family.parts.keys() for family in FAMILIES.values())
+    assert all(set(family.text.parts) == family.parts.keys() - {"network", "codec"} for family in FAMILIES.values())
 
 
 @pytest.mark.parametrize("part", ["network", "codec", "text"])
@@ -77,7 +78,7 @@ def test_vaes_are_known_by_shape(config: CodecConfig) -> None:
     ("metadata", "says"),
     [
         ({"vidgen.family": "hunyan"}, "did you mean 'hunyuan'"),
-        ({"vidgen.family": "hunyuan", "vidgen.part": "vae"}, "one of codec, network, text"),
+        ({"vidgen.family": "hunyuan", "vidgen.part": "vae"}, "one of clip, codec, llama, network, text, vision"),
         ({"vidgen.family": "hunyuan", "vidgen.part": "codec"}, "no vidgen.config"),
         (
             {"vidgen.family": "hunyuan", "vidgen.part": "codec", "vidgen.config": '{"num_group": 4}'},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 import vidgen
 from vidgen.headless.graph import widget_names
 from vidgen.nodes import host as hosts
+from vidgen.nodes.embeddings import LoadEmbeddings, SaveEmbeddings
 from vidgen.nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
 from vidgen.nodes.sampling import EmptyLatent, Sampler
 from vidgen.nodes.text import EncodePrompt
@@ -40,9 +42,11 @@ SETTINGS: dict[str, Any] = {
 WIDGETS_FOREVER = {
     "VidGenLoadModel": ["model_name", "weight_dtype", "image_condition", "offload"],
     "VidGenLoadVAE": ["vae_name", "weight_dtype"],
-    "VidGenLoadTextEncoders": ["text_name", "weight_dtype"],
+    "VidGenLoadTextEncoders": ["text_name", "weight_dtype", "second_name", "vision_name", "tokenizer_folder"],
     "VidGenLoadAll": ["model_folder", "weight_dtype"],
-    "VidGenEncodePrompt": ["prompt", "template"],
+    "VidGenEncodePrompt": ["prompt", "template", "custom_template", "image_interleave"],
+    "VidGenSaveEmbeddings": ["filename_prefix"],
+    "VidGenLoadEmbeddings": ["embeddings_name"],
     "VidGenEmptyLatent": ["width", "height", "num_frames", "batch_size"],
     "VidGenSampler": [
         *("seed", "control_after_generate", "steps", "cfg", "guidance", "shift", "sampler", "schedule", "denoise"),
@@ -464,6 +468,33 @@ def test_comfyui_may_forbid_metadata(comfy: SimpleNamespace, tmp_path: Path) -> 
     comfy.disable_metadata = True
     shown = SaveVideo().save(torch.zeros(1, 16, 16, 3), 8, "a", "mp4", 17, prompt={"1": {}})["ui"]["images"][0]
     assert "prompt" not in read_metadata(tmp_path / "output" / shown["filename"])
+
+
+def test_comfyui_keeps_encoded_prompts_in_its_folders(
+    comfy: SimpleNamespace, parts: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    shown = SaveEmbeddings().save(conditioning(parts), "embeddings/star")["ui"]["text"][0]
+    assert (tmp_path / "output" / shown).is_file()
+    kept = tmp_path / "models" / "embeddings" / "vidgen"
+    kept.mkdir(parents=True)
+    shutil.copy(tmp_path / "output" / shown, kept / "b.safetensors")
+    names = LoadEmbeddings.INPUT_TYPES()["required"]["embeddings_name"][0]
+    assert names == ["b.safetensors", f"{shown} [output]"]
+    for name in names:
+        found, prompt = LoadEmbeddings().load(name)
+        assert prompt == "a red star"
+        assert torch.equal(found.features.context, conditioning(parts).features.context)
+    with pytest.raises(FileError):
+        LoadEmbeddings().load(str(kept / "b.safetensors"))
+
+
+def test_comfyui_names_the_folders_of_tokenizers(comfy: SimpleNamespace, tmp_path: Path) -> None:
+    host = hosts.current()
+    (tmp_path / "models" / "text_encoders" / "llama").mkdir(parents=True)
+    assert host.text_folders() == [tmp_path / "models" / "text_encoders"]
+    assert host.find_tokenizers("llama") == tmp_path / "models" / "text_encoders" / "llama"
+    with pytest.raises(FileError, match="no such folder of tokenizers"):
+        host.find_tokenizers(str(tmp_path))
 
 
 def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tiny_bundle_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The three parts of a model together: found in a folder by their content, checked against each other, loaded."""
+"""The parts of a model together: found in a folder by their content, checked against each other, loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from .codec import Codec
 from .errors import CheckpointError, FileError
-from .families import TITLES, Found, TextEncoder, identify
+from .families import TITLES, Found, TextEncoder, identify, identify_parts
 from .memory.host import Host, LocalHost, bundled_models
-from .model import VideoModel, build_part, inspect_header, network_of
+from .model import TextFiles, VideoModel, build_part, inspect_header, network_of, text_config_of, text_of
 from .preview import LatentRGB, fit_preview
 from .types import VideoShape
 from .weights.header import Header, read_header
@@ -71,14 +71,16 @@ def load_bundle(
     host = host or LocalHost()
     device = torch.device(device) if device is not None else host.device()
     headers, found = find_parts(source)
-    for header in headers.values():
+    for header in {header.path: header for header in headers.values()}.values():
         host.make_room(header.num_bytes)
+    # First, because it may lack a tokenizer.
+    text = text_of(_text_files(headers, found), dtype=dtype, device=device, stream=None)
     codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
     family = found["codec"].family
     return Bundle(
         model=network_of(headers["network"], found["network"], dtype=dtype, device=device, stream=None),
         codec=family.codec(codec_module, found["codec"].config),
-        text=build_part(headers["text"], found["text"], dtype=dtype, device=device),  # type: ignore[arg-type]
+        text=text,  # type: ignore[arg-type]
         headers=headers,
     )
 
@@ -89,8 +91,7 @@ def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Foun
     Raises:
         FileError, CheckpointError: as :func:`load_bundle`.
     """
-    headers = _sort_parts(_files(source))
-    found = {part: identify(header) for part, header in headers.items()}
+    headers, found = _sort_parts(_files(source))
     families = {item.family.name for item in found.values()}
     if len(families) > 1:
         raise CheckpointError(
@@ -100,6 +101,10 @@ def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Foun
         )
     _check_fit(headers, found)
     return headers, found
+
+
+def _text_files(headers: Mapping[str, Header], found: Mapping[str, Found]) -> TextFiles:
+    return {part: (headers[part], item) for part, item in found.items() if part in item.family.text.parts}
 
 
 def _files(source: Source) -> list[Path]:
@@ -127,25 +132,29 @@ def _files(source: Source) -> list[Path]:
     return [path]
 
 
-def _sort_parts(files: Sequence[Path]) -> dict[str, Header]:
-    """part -> header. A folder may hold other files, as long as each part is there exactly once."""
+def _sort_parts(files: Sequence[Path]) -> tuple[dict[str, Header], dict[str, Found]]:
+    """(part -> header, part -> what it is). A folder may hold other files, as long as each part is there once."""
     headers: dict[str, Header] = {}
+    parts: dict[str, Found] = {}
     problems: list[CheckpointError] = []
     for path in files:
         try:
             header = read_header(path)
-            part = identify(header).part
+            found = identify_parts(header) or [identify(header)]
         except CheckpointError as problem:
             problems.append(problem)
             continue
-        if part in headers:
-            raise CheckpointError(
-                f"There are two files with a {TITLES[part]}",
-                given=f"{headers[part].path} and {path}",
-                do="name the three files to use instead of the folder",
-            )
-        headers[part] = header
-    missing = [part for part in TITLES if part not in headers]
+        for item in found:
+            if item.part in headers:
+                raise CheckpointError(
+                    f"There are two files with a {TITLES[item.part]}",
+                    given=f"{headers[item.part].path} and {path}",
+                    do="name the files to use instead of the folder",
+                )
+            headers[item.part], parts[item.part] = header, item
+    missing = [part for part in ("network", "codec") if part not in headers]
+    if not any(part in item.family.text.parts for part, item in parts.items()):
+        missing.append("text")
     if missing and problems:
         raise problems[0]
     if missing:
@@ -154,7 +163,7 @@ def _sort_parts(files: Sequence[Path]) -> dict[str, Header]:
             given=", ".join(str(path) for path in files),
             expected="one file each for network, VAE and text encoders",
         )
-    return headers
+    return headers, parts
 
 
 def _check_fit(headers: Mapping[str, Header], found: Mapping[str, Found]) -> None:
@@ -166,7 +175,7 @@ def _check_fit(headers: Mapping[str, Header], found: Mapping[str, Found]) -> Non
             given=f"{given} latent channels in {headers['codec'].path}",
             expected=f"{wanted}, as {headers['network'].path} has",
         )
-    problem = family.fits_text(config, found["text"].config)
+    problem = family.fits_text(config, text_config_of(_text_files(headers, found)))
     if problem:
         raise CheckpointError(
             "The text encoders do not belong to this network", given=problem, do="use the files of one model"

@@ -388,7 +388,7 @@ def generate(
             negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image)
         host.progress("encode", 1, 1)
 
-    identity = {"prompt": prompts, "text encoders": bundle.headers["text"].digest if bundle.headers else ""}
+    identity = {"prompt": prompts, "text encoders": bundle.text.fingerprint}
     run = _run_file(model, latent_shape, settings, identity)
     latents = _sample(
         model, positive, negative, latent_shape, settings, host=host, start=None, preview=bundle.latent_rgb(), run=run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError, SettingsError
-from .families import FAMILIES, TITLES, Config, Family, Found, identify
+from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
 from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
+from .text.tokenizer_files import TokenizerPlaces
 from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
@@ -386,10 +387,106 @@ def load_codec(path: str | Path, *, dtype: torch.dtype | None = None, device: to
     return found.family.codec(build_part(header, found, dtype=dtype, device=device), found.config)
 
 
-def load_text(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
-    """The text encoders of a checkpoint; ``encode(prompts)`` gives features."""
-    header, found = open_part(path, "text")
-    return build_part(header, found, dtype=dtype, device=device)
+def load_text(
+    *paths: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tokenizers: TokenizerPlaces | None = None,
+    stream: bool | None = False,
+) -> nn.Module:
+    """The text encoders of one file or several; ``encode(prompts)`` gives features.
+
+    Args:
+        paths: one combined file, or LLaMA's, CLIP's and, for prompts with a picture, the image encoder's, in any
+            order. A whole LLaVA in one file counts as LLaMA and image encoder.
+        tokenizers: where to look for tokenizers that are not in the files.
+        stream: leave LLaMA's layers in the file and read each one when it runs; None does so where they do not fit.
+
+    Raises:
+        FileError, CheckpointError: a file is no text encoder, an encoder is missing or there twice, or a tokenizer is
+            not found. All of this is said before any weights are read.
+    """
+    files = open_text([read_header(path) for path in paths])
+    return text_of(files, dtype=dtype, device=device, tokenizers=tokenizers, stream=stream)
+
+
+TextFiles = Mapping[str, tuple[Header, Found]]
+"""part ("text", "llama", "clip", "vision") -> its file and what it is"""
+
+
+def open_text(headers: Sequence[Header]) -> TextFiles:
+    """Identify the files of text encoders. Raises CheckpointError as :func:`load_text`."""
+    parts: dict[str, tuple[Header, Found]] = {}
+    listed = [(header, _encoders_in(header)) for header in {header.path: header for header in headers}.values()]
+    own_vision = any([item.part for item in found] == ["vision"] for _, found in listed)
+    for header, found in listed:
+        for item in found:
+            if item.part == "vision" and own_vision and len(found) > 1:
+                continue  # an image encoder in a file of its own stands in for the one in a whole LLaVA
+            if item.part in parts:
+                raise CheckpointError(
+                    f"There are two files with a {item.title}",
+                    given=f"{parts[item.part][0].path} and {header.path}",
+                    expected="each encoder once",
+                    do="load only one of them",
+                )
+            parts[item.part] = header, item
+    if not parts:
+        raise CheckpointError("No text encoder was given", expected="at least one file", do="choose a file")
+    return parts
+
+
+def _encoders_in(header: Header) -> list[Found]:
+    found = identify_parts(header)
+    if not found:
+        known = (family.text.stranger(header.shapes) for family in FAMILIES.values())
+        what = next((name for name in known if name), None)
+        if what is None:
+            identify(header)  # says what the file holds instead
+        raise CheckpointError(
+            f"This file is {what}",
+            given=header.path,
+            expected="a text encoder of " + ", ".join(family.title for family in FAMILIES.values()),
+            do="choose the text encoders that the network was trained with",
+        )
+    first = found[0]
+    if first.part not in first.family.text.parts:
+        raise CheckpointError(
+            f"This file is a {TITLES[first.part]}, not a {TITLES['text']}",
+            given=f"{header.path}, {first.title}",
+            expected=f"a {TITLES['text']}",
+            do=f"pick the {TITLES['text']}'s file, or load this one as {TITLES[first.part]}",
+        )
+    return found
+
+
+def text_config_of(files: TextFiles) -> Config:
+    """The config of the text encoders together. Raises CheckpointError where one is missing or they do not fit."""
+    family = next(iter(files.values()))[1].family
+    return family.text.config({part: found.config for part, (_, found) in files.items()})
+
+
+def text_of(
+    files: TextFiles,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tokenizers: TokenizerPlaces | None = None,
+    stream: bool | None = False,
+) -> nn.Module:
+    """:func:`load_text` of files that are identified already."""
+    config = text_config_of(files)
+    family = next(iter(files.values()))[1].family
+    headers = {part: header for part, (header, _) in files.items()}
+    found = family.text.tokenizers(config, headers, tokenizers or TokenizerPlaces())
+    modules = {}
+    for part, (header, item) in files.items():
+        streamed = must_stream(header, device) if stream is None else stream
+        blocks = family.text.blocks.get(part, ()) if streamed else ()
+        modules[part] = build_part(header, item, dtype=dtype, device=device, stream=blocks)
+    stack = family.text.join(config, modules, found)
+    stack.fingerprint = "+".join(dict.fromkeys(header.digest for header in headers.values()))  # type: ignore[assignment]
+    return stack
 
 
 def inspect_file(path: str | Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..codec import Codec
     from ..diffusion import Diffusion
+    from ..text.tokenizer_files import TokenizerPlaces
     from ..types import Conditioning, Grid, VideoShape
     from ..weights.header import Header
 
@@ -28,14 +29,26 @@ Config = Any
 """one of a family's frozen dataclasses"""
 Shapes = Mapping[str, tuple[int, ...]]
 
-TITLES = {"network": "diffusion network", "codec": "VAE", "text": "text encoders"}
+TITLES = {
+    "network": "diffusion network",
+    "codec": "VAE",
+    "text": "text encoders",
+    "llama": "LLaMA text encoder",
+    "clip": "CLIP text encoder",
+    "vision": "image encoder",
+}
 """what each part is called in messages"""
 
 
 class TextEncoder(Protocol):
     """Prompts to a family's features (any dataclass of tensors that its ``condition`` understands)."""
 
-    def encode(self, prompts: Sequence[str], *, image_mode: bool = False) -> Any: ...
+    fingerprint: str
+    """of the files the weights came from"""
+
+    def encode(
+        self, prompts: Sequence[str], *, image_mode: bool = False, custom_template: str | None = None
+    ) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +68,34 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextAssembly:
+    """How text encoders from one file or several become one module. ``parts`` are keys of ``Family.parts``."""
+
+    parts: tuple[str, ...]
+    """the parts that text encoders may come in"""
+    config: Callable[[Mapping[str, Config]], Config]
+    """config by part -> the text config; CheckpointError where an encoder is missing or they do not fit"""
+    tokenizers: Callable[[Config, Mapping[str, Header], TokenizerPlaces], Any]
+    """(text config, file by part, where to look) -> what ``join`` takes; FileError or CheckpointError without them"""
+    join: Callable[[Config, Mapping[str, nn.Module], Any], nn.Module]
+    """(text config, module by part, tokenizers) -> the text encoder"""
+    blocks: Mapping[str, tuple[str, ...]]
+    """by part: paths of the module lists whose blocks may stay in the file"""
+    widths: Callable[[Config], tuple[int, int]]
+    """text config -> width of the states per token and of the pooled vector"""
+    stranger: Callable[[Shapes], str | None]
+    """what a file is that holds no encoder of this family, if that can be told"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Everything the rest of the core needs to know about a family."""
 
     name: str
     title: str
     parts: Mapping[str, Part]
-    """"network", "codec", "text" """
+    """"network", "codec", "text", and the encoders that come in files of their own"""
+    text: TextAssembly
     diffusion: Callable[[Config], Diffusion]
     """network config -> its noise process"""
     codec: Callable[[nn.Module, Config], Codec]
@@ -134,18 +168,34 @@ def identify(header: Header) -> Found:
     Raises:
         CheckpointError: the metadata names an unknown family or option, or nothing here knows these tensors.
     """
-    if "vidgen.family" in header.metadata:
-        return _from_metadata(header)
-    for family in FAMILIES.values():
-        for name, part in family.parts.items():
-            found = _recognise(part, header)
-            if found is not None:
-                config, layout = found
-                is_told = True
-                if part.told is not None:
-                    config, is_told = part.told(config, header.metadata)
-                return Found(family=family, part=name, config=config, layout=layout, is_told=is_told)
+    found = identify_parts(header)
+    if found:
+        return found[0]
     raise _unknown(header)
+
+
+def identify_parts(header: Header) -> list[Found]:
+    """All parts in a file: one in most, none where nothing is known, LLaMA and its image encoder in a whole LLaVA.
+
+    Raises:
+        CheckpointError: the metadata names an unknown family or option.
+    """
+    if "vidgen.family" in header.metadata:
+        return [_from_metadata(header)]
+    for family in FAMILIES.values():
+        named = [(name, part, _recognise(part, header)) for name, part in family.parts.items()]
+        found = [_found(family, name, part, known, header) for name, part, known in named if known is not None]
+        if found:
+            return found
+    return []
+
+
+def _found(family: Family, name: str, part: Part, known: tuple[Config, str], header: Header) -> Found:
+    config, layout = known
+    is_told = True
+    if part.told is not None:
+        config, is_told = part.told(config, header.metadata)
+    return Found(family=family, part=name, config=config, layout=layout, is_told=is_told)
 
 
 _LORA_MARKS = (".lora_", "lora_A", ".lokr_", ".hada_w")

@@ -14,11 +14,25 @@ from torch import Tensor
 
 from ..errors import Cancelled, FileError
 
-PARTS = ("network", "codec", "text")
-"""the parts of a model, one file each: diffusion network, VAE, text encoders"""
+PARTS = ("network", "codec", "text", "vision")
+"""kinds of files: diffusion network, VAE, text encoders (together or one by one), LLaVA's image encoder"""
 
-FOLDERS = {"network": "diffusion_models", "codec": "vae", "text": "text_encoders", "lora": "loras"}
-"""ComfyUI's folder of each part, and of LoRAs, under ``models/``"""
+FOLDERS = {
+    "network": "diffusion_models",
+    "codec": "vae",
+    "text": "text_encoders",
+    "vision": "clip_vision",
+    "lora": "loras",
+}
+"""ComfyUI's folder of each kind, and of LoRAs, under ``models/``"""
+
+OLD_FOLDERS = {"text": ("clip",)}
+"""folders that ComfyUI still reads besides"""
+
+
+def folders_of(kind: str) -> tuple[str, ...]:
+    """The folders of a kind under ``models/``, the usual one first."""
+    return FOLDERS.get(kind, kind), *OLD_FOLDERS.get(kind, ())
 
 
 class Host(Protocol):
@@ -99,7 +113,7 @@ class LocalHost:
         # Names come from workflows of strangers as well: they must not lead out of the folders.
         if ".." not in Path(name.replace("\\", "/")).parts and not direct.is_absolute():
             model, _, file = name.replace("\\", "/").partition("/")
-            places = [root / folder / name for root in self.folders for folder in (FOLDERS.get(kind, kind), "")]
+            places = [root / folder / name for root in self.folders for folder in (*folders_of(kind), "")]
             places += [bundled[model] / file] if model in bundled and file else []
             for place in places:
                 if name and place.exists():

@@ -1,6 +1,7 @@
 """Dimensions of the text encoders, shared by the families that use them.
 
-The defaults are those of the published checkpoints: LLaMA-3-8B and CLIP ViT-L/14's text tower.
+The defaults are those of the published checkpoints: LLaMA-3-8B, CLIP ViT-L/14's text tower, and LLaVA's image
+encoder (CLIP ViT-L/14 at 336 px with a projector to LLaMA's width).
 """
 
 from __future__ import annotations
@@ -32,3 +33,24 @@ class ClipDims:
     max_length: int = 77
     activation: str = "quick_gelu"
     eos_token_id: int = 49407
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionDims:
+    image_size: int = 336
+    """px; the picture is resized and cropped to a square of it"""
+    patch_size: int = 14
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    activation: str = "quick_gelu"
+    skip_layers: int = 1
+    """states are taken this many layers before the last"""
+    out_size: int = 4096
+    """width of the language model that reads the projected states"""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one picture: one per patch, the class token is dropped."""
+        return (self.image_size // self.patch_size) ** 2

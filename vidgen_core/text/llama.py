@@ -79,11 +79,14 @@ def llama_states(llama: Callable[..., object], ids: Tensor, mask: Tensor) -> Ten
     """States after the last built block, without the final norm.
 
     Args:
-        ids: (B, L) int64 token ids, padded on the right.
+        ids: (B, L) int64 token ids, padded on the right; or (B, L, D) their embeddings, where some are a picture's.
         mask: (B, L) bool, true for real tokens.
 
     Returns:
         (B, L, D). States of real tokens do not depend on the padding: attention is causal.
     """
-    output = llama(input_ids=ids, attention_mask=mask.to(torch.long), use_cache=False)
+    attention = mask.to(torch.long)
+    positions = (attention.cumsum(dim=1) - 1).masked_fill(~mask, 1)
+    inputs = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
+    output = llama(**inputs, attention_mask=attention, position_ids=positions, use_cache=False)
     return output.last_hidden_state  # type: ignore[attr-defined]

@@ -45,13 +45,11 @@ class Tokenizer:
         except ValueError:
             content = None
         if not isinstance(content, dict) or "model" not in content:
-            raise CheckpointError(
-                "The tokenizer cannot be read",
-                given=f"a text that begins {text[:60]!r}",
-                expected="the text of a tokenizer.json file",
-                do="use the tokenizer.json that belongs to the text encoder",
-            )
-        return cls(Backend.from_str(text))
+            raise _unreadable(text)
+        try:
+            return cls(Backend.from_str(text))
+        except Exception as error:  # the library has no exception class of its own
+            raise _unreadable(text) from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -59,7 +57,7 @@ class Tokenizer:
         path = folder / "tokenizer.json" if folder.is_dir() else folder
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise FileError(
                 "The tokenizer cannot be read",
                 given=path,
@@ -93,6 +91,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest id: the rows that an embedding must have."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
+
     def id_of(self, word: str) -> int | None:
         """The id of one entry of the vocabulary; None when there is no such entry."""
         return self._backend.token_to_id(word)
@@ -100,9 +103,19 @@ class Tokenizer:
     def to_json(self) -> str:
         return self._backend.to_str()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, with the tokenizer's own special tokens around them."""
-        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=True)]
+    def encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
+        """Ids of every text, with the tokenizer's own special tokens around them if wanted."""
+        rows = self._backend.encode_batch(list(texts), add_special_tokens=special_tokens)
+        return [encoding.ids for encoding in rows]
+
+
+def _unreadable(text: str) -> CheckpointError:
+    return CheckpointError(
+        "The tokenizer cannot be read",
+        given=f"a text that begins {text[:60]!r}",
+        expected="the text of a tokenizer.json file",
+        do="use the tokenizer.json that belongs to the text encoder",
+    )
 
 
 def tokenizers_from_metadata(metadata: Mapping[str, str]) -> tuple[Tokenizer, Tokenizer] | None:

@@ -14,15 +14,25 @@ from torch import Tensor, nn
 from ...codec import Codec
 from ...diffusion import Diffusion, flow_matching
 from ...nn.attention import trim_padding
-from ...text.tokenizer import tokenizers_from_metadata
+from ...text.features import TextFeatures
 from ...types import Conditioning, Grid, VideoShape
-from .. import Family, Part
+from .. import Family, Part, TextAssembly
 from .codec import HunyuanCodec
-from .config import DEFAULTS, CodecConfig, NetworkConfig, TextConfig
+from .config import DEFAULTS, ClipDims, CodecConfig, LlamaDims, NetworkConfig, TextConfig, VisionDims
 from .keys import LAYOUTS, VAE_LAYOUTS
 from .network import HunyuanVideoTransformer
-from .recognise import codec_config, network_config, network_told, text_config
-from .text import TextFeatures, TextStack
+from .recognise import codec_config, network_config, network_told
+from .text_files import (
+    build_clip_part,
+    build_llama_part,
+    build_text,
+    build_vision_part,
+    find_tokenizers,
+    join_stack,
+    stack_config,
+)
+from .text_keys import CLIP_LAYOUTS, LLAMA_LAYOUTS, VISION_LAYOUTS
+from .text_recognise import clip_dims, llama_dims, stranger, text_config, vision_dims
 from .vae import CausalVAE
 
 
@@ -32,11 +42,6 @@ def _build_network(config: NetworkConfig, metadata: Mapping[str, str]) -> nn.Mod
 
 def _build_vae(config: CodecConfig, metadata: Mapping[str, str]) -> nn.Module:
     return CausalVAE(config)
-
-
-def _build_text(config: TextConfig, metadata: Mapping[str, str]) -> nn.Module:
-    tokenizers = tokenizers_from_metadata(metadata)
-    return TextStack(config, *(tokenizers or (None, None)))
 
 
 def _diffusion(config: NetworkConfig) -> Diffusion:
@@ -85,7 +90,7 @@ def _grid(config: CodecConfig) -> Grid:
 
 
 def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
-    given = text.llama.hidden_size, text.clip.hidden_size
+    given = FAMILY.text.widths(text)
     wanted = network.text_width, network.pooled_width
     if given == wanted:
         return None
@@ -113,8 +118,20 @@ FAMILY = Family(
             config=NetworkConfig, build=_build_network, recognise=network_config, layouts=LAYOUTS, told=network_told
         ),
         "codec": Part(config=CodecConfig, build=_build_vae, recognise=codec_config, layouts=VAE_LAYOUTS),
-        "text": Part(config=TextConfig, build=_build_text, recognise=text_config),
+        "text": Part(config=TextConfig, build=build_text, recognise=text_config),
+        "llama": Part(config=LlamaDims, build=build_llama_part, recognise=llama_dims, layouts=LLAMA_LAYOUTS),
+        "clip": Part(config=ClipDims, build=build_clip_part, recognise=clip_dims, layouts=CLIP_LAYOUTS),
+        "vision": Part(config=VisionDims, build=build_vision_part, recognise=vision_dims, layouts=VISION_LAYOUTS),
     },
+    text=TextAssembly(
+        parts=("text", "llama", "clip", "vision"),
+        config=stack_config,
+        tokenizers=find_tokenizers,
+        join=join_stack,
+        blocks={"text": ("llama.layers",), "llama": ("llama.layers",)},
+        widths=lambda config: (config.llama.hidden_size, config.clip.hidden_size),
+        stranger=stranger,
+    ),
     diffusion=_diffusion,
     codec=_codec,
     network_inputs=_network_inputs,

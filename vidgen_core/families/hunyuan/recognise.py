@@ -11,7 +11,7 @@ from typing import Literal
 
 from ...errors import CheckpointError
 from ...weights.shards import CONFIG_KEY
-from .config import VAE_884_16C, ClipDims, CodecConfig, LlamaDims, NetworkConfig, TextConfig
+from .config import VAE_884_16C, CodecConfig, NetworkConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -106,15 +106,3 @@ def codec_config(shapes: Shapes) -> CodecConfig | None:
         block_channels=tuple(channels),
         layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets"),
     )
-
-
-def text_config(shapes: Shapes) -> TextConfig | None:
-    """The pair of text encoders in one file, at the published sizes only: ids and templates cannot be guessed."""
-    if "llama.embed_tokens.weight" not in shapes or not any(name.startswith("clip.") for name in shapes):
-        return None
-    published = TextConfig()
-    width = shapes["llama.embed_tokens.weight"]
-    if width != (LlamaDims().vocab_size, LlamaDims().hidden_size):
-        return None
-    clip = shapes.get("clip.text_model.embeddings.token_embedding.weight")
-    return published if clip == (ClipDims().vocab_size, ClipDims().hidden_size) else None

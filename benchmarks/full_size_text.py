@@ -1,0 +1,234 @@
+"""Encode a prompt with a LLaMA of the published size whose layers stay in the file: seconds and peak memory.
+
+    python -m vidgen.benchmarks.full_size_text --json benchmarks/results/full_size_text.json
+
+Writes a LLaMA-3-8B of random float8 weights in ComfyUI's layout (9.1 GB, deleted afterwards), a CLIP-L of random
+weights, and two stub tokenizers: they know the words of the template and of the prompt, at ids of the published range.
+The real vocabularies are not ours to ship, and what a word's id is does not change the work. The path is the product's
+own: ``load_text``, then ``encode``, in a process of their own, so that the peak is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..vidgen_core.errors import UserError
+from ..vidgen_core.families.hunyuan.config import (
+    I2V_VIDEO_TEMPLATE,
+    IMAGE_TEMPLATE,
+    VIDEO_TEMPLATE,
+    ClipDims,
+    LlamaDims,
+)
+from .full_size import GIB, Entry, commit, write_random
+from .render import machine, peak_bytes
+
+BAR_BYTES = 4 * GIB
+"""what the whole process may take at its peak"""
+PROMPT = "a red fox runs through deep snow at dawn, the camera follows it from the side, soft light, long shadows"
+
+SPECIAL_IDS = {
+    "<|begin_of_text|>": 128000,
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eot_id|>": 128009,
+    "<image>": 128257,
+    "<pad>": 128258,
+}
+LLAMA_SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+"""how LLaMA-3 cuts a text before its merges"""
+
+
+def stub_llama_tokenizer(*prompts: str) -> str:
+    """tokenizer.json of a tokenizer with LLaMA-3's cuts and special ids, where every word of the templates and of
+    ``prompts`` is one token (as in the real one, for the templates) and any other is unknown."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+
+    split = pre_tokenizers.Split(Regex(LLAMA_SPLIT), behavior="isolated")
+    texts = [template.text for template in (VIDEO_TEMPLATE, IMAGE_TEMPLATE, I2V_VIDEO_TEMPLATE)] + list(prompts)
+    pieces = [text for text in texts for text in _without_specials(text)]
+    words = dict.fromkeys(word for piece in pieces for word, _ in split.pre_tokenize_str(piece))
+    words.pop("\n\n", None)
+    ids = {"<unk>": 0} | {word: 1000 + number for number, word in enumerate(words)} | {"\n\n": 271} | SPECIAL_IDS
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL_IDS])
+    start = "<|begin_of_text|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, SPECIAL_IDS[start])]
+    )
+    return tokenizer.to_str()
+
+
+def _without_specials(text: str) -> list[str]:
+    for word in (*SPECIAL_IDS, "{}"):
+        text = text.replace(word, "\0")
+    return [piece for piece in text.split("\0") if piece]
+
+
+def stub_clip_files(folder: Path) -> None:
+    """vocab.json and merges.txt that know single letters and a few pairs, with CLIP's special ids."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    pairs = [("r", "e"), ("re", "d</w>"), ("c", "i"), ("t", "h"), ("th", "e</w>")]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in pairs)]
+    ids: dict[str, Any] = {word: number for number, word in enumerate(words)}
+    ids |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# the encoders
+
+
+def llama_entries(dims: LlamaDims) -> list[Entry]:
+    """A whole LLaMA as ComfyUI stores it in float8: with the layers, norm and head that are not needed."""
+    width, inner, head = dims.hidden_size, dims.intermediate_size, dims.hidden_size // dims.num_heads
+    linears = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (dims.num_kv_heads * head, width),
+        "self_attn.v_proj": (dims.num_kv_heads * head, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    entries: list[Entry] = [("model.embed_tokens.weight", (dims.vocab_size, width), "F16")]
+    for number in range(dims.num_layers):
+        for name, shape in linears.items():
+            entries.append((f"model.layers.{number}.{name}.weight", shape, "F8_E4M3"))
+            entries.append((f"model.layers.{number}.{name}.scale_weight", (), "F32"))
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            entries.append((f"model.layers.{number}.{name}.weight", (width,), "F16"))
+    rest: list[Entry] = [("model.norm.weight", (width,), "F16"), ("lm_head.weight", (dims.vocab_size, width), "F16")]
+    return [*entries, *rest, ("scaled_fp8", (0,), "F8_E4M3")]
+
+
+def clip_entries(dims: ClipDims) -> list[Entry]:
+    import torch
+
+    from ..vidgen_core.text.clip import ClipText
+
+    with torch.device("meta"):
+        weights = ClipText(dims).state_dict()
+    return [(name, tuple(tensor.shape), "F16") for name, tensor in weights.items()]
+
+
+def write_encoders(folder: Path, llama: LlamaDims, clip: ClipDims) -> int:
+    """llama.safetensors, clip.safetensors and the stub tokenizers; bytes of LLaMA's file. FileError on a full disk."""
+    num_bytes = write_random(folder / "llama.safetensors", llama_entries(llama))
+    write_random(folder / "clip.safetensors", clip_entries(clip))
+    (folder / "llama.tokenizer.json").write_text(stub_llama_tokenizer(PROMPT), encoding="utf-8")
+    stub_clip_files(folder)
+    return num_bytes
+
+
+# ---------------------------------------------------------------------------------------------
+# loading and encoding
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Load the encoders with LLaMA's layers left in the file, and encode one prompt."""
+    started = time.perf_counter()
+    import torch
+
+    from ..vidgen_core.families.hunyuan.text import TextStack
+    from ..vidgen_core.model import load_text
+
+    seconds = {"import": time.perf_counter() - started}
+    started = time.perf_counter()
+    stack = load_text(folder / "llama.safetensors", folder / "clip.safetensors", stream=True)
+    seconds["load"] = time.perf_counter() - started
+    assert isinstance(stack, TextStack)
+    peak_after_load = peak_bytes()
+    num_tokens = int(stack.tokenize([PROMPT]).mask.sum())
+    started = time.perf_counter()
+    features = stack.encode([PROMPT])
+    seconds["encode"] = time.perf_counter() - started
+    real = features.context[features.context_mask]
+    return {
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_rss_bytes": peak_bytes(),
+        "peak_rss_after_load_bytes": peak_after_load,
+        "peak_rss_gib": round(peak_bytes() / GIB, 3),
+        "bar_gib": BAR_BYTES / GIB,
+        "within_bar": peak_bytes() <= BAR_BYTES,
+        "layers": stack.config.llama.num_layers - stack.config.llama.skip_layers,
+        "tokens": num_tokens,
+        "tokenizers": "stubs: one id per word of the template and the prompt, not the real vocabularies",
+        "output": {
+            "context": list(features.context.shape),
+            "pooled": list(features.pooled.shape),
+            "finite": bool(features.context.isfinite().all() and features.pooled.isfinite().all()),
+            "deviation": round(float(real.std()), 6),
+        },
+        "dtype": str(features.context.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def measure_fresh(folder: Path) -> dict[str, Any]:
+    """:func:`measure` in a process of its own."""
+    command = [sys.executable, "-m", __spec__.name, "--once", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(folder: Path | None) -> dict[str, Any]:
+    """Write, load, encode, delete; the whole report."""
+    report: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+    }
+    with tempfile.TemporaryDirectory(prefix="vidgen-full-size-text-", dir=folder) as place:
+        started = time.perf_counter()
+        num_bytes = write_encoders(Path(place), LlamaDims(), ClipDims())
+        report["checkpoint"] = {"bytes": num_bytes, "write_s": round(time.perf_counter() - started, 2)}
+        return report | measure_fresh(Path(place))
+
+
+def main(argv: list[str] | None = None) -> None:
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.full_size_text", description=description)
+    parser.add_argument("--folder", type=Path, help="where the files are written; the system's temporary folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.once is not None:
+        print(json.dumps(measure(arguments.once)))
+        return
+    try:
+        report = run(arguments.folder)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    text = json.dumps(report, indent=1)
+    print(text)
+    if arguments.json is not None:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
