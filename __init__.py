@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
+    from .nodes.bridges import FromConditioning
+    from .nodes.image import FitImages, ImageToVideo, LoadImage, PadVideo
     from .nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
-    from .nodes.sampling import EmptyLatent, Sampler
+    from .nodes.sampling import EmptyLatent, Sampler, Sigmas
     from .nodes.text import EncodePrompt
     from .nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
 
@@ -25,6 +27,12 @@ if __package__:
         "VidGenEncodeVideo": EncodeVideo,
         "VidGenSaveVideo": SaveVideo,
         "VidGenLoadVideo": LoadVideo,
+        "VidGenLoadImage": LoadImage,
+        "VidGenFitImages": FitImages,
+        "VidGenImageToVideo": ImageToVideo,
+        "VidGenPadVideo": PadVideo,
+        "VidGenSigmas": Sigmas,
+        "VidGenFromConditioning": FromConditioning,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -39,6 +47,12 @@ if __package__:
         "VidGenEncodeVideo": "Encode Video (VidGen)",
         "VidGenSaveVideo": "Save Video (VidGen)",
         "VidGenLoadVideo": "Load Video (VidGen)",
+        "VidGenLoadImage": "Load Image (VidGen)",
+        "VidGenFitImages": "Fit Images (VidGen)",
+        "VidGenImageToVideo": "Image to Video (VidGen)",
+        "VidGenPadVideo": "Pad Video (VidGen)",
+        "VidGenSigmas": "Sigmas (VidGen)",
+        "VidGenFromConditioning": "From Conditioning (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

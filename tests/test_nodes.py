@@ -46,11 +46,20 @@ WIDGETS_FOREVER = {
     "VidGenEmptyLatent": ["width", "height", "num_frames", "batch_size"],
     "VidGenSampler": [
         *("seed", "control_after_generate", "steps", "cfg", "guidance", "shift", "sampler", "schedule", "denoise"),
+        *("cfg_schedule", "cfg_start", "cfg_end", "cfg_rescale", "cfg_batched"),
     ],
-    "VidGenDecode": [],
+    "VidGenDecode": ["tile_size", "overlap", "temporal_size", "temporal_overlap"],
     "VidGenEncodeVideo": ["fit"],
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
+    "VidGenLoadImage": ["image"],
+    "VidGenFitImages": ["width", "height", "fit"],
+    "VidGenImageToVideo": [
+        *("width", "height", "num_frames", "size", "fit", "mode", "method", "batch_size"),
+    ],
+    "VidGenPadVideo": ["left", "top", "right", "bottom", "overlap"],
+    "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
+    "VidGenFromConditioning": [],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 
