@@ -172,7 +172,9 @@ def from_sigmas(sigmas: Sequence[float] | Tensor, diffusion: Diffusion) -> Tenso
             expected=f"at most {top:.4g}",
             do="make them with Sigmas (VidGen) for this model; those of another kind of model do not fit",
         )
-    return torch.cat([diffusion.time_at(levels[:-1]).clamp(max=1), levels[-1:]])
+    # Pure noise may have no finite level of its own (zero terminal SNR); the last one stands for it.
+    ts = diffusion.time_at(levels[:-1]).clamp(max=1).masked_fill(levels[:-1] >= top * (1 - 1e-6), 1.0)
+    return torch.cat([ts, levels[-1:]])
 
 
 def _check_steps(num_steps: int) -> None:
