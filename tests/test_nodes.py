@@ -434,6 +434,18 @@ def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tin
         host.find_input("missing.mp4")
 
 
+def test_comfyui_lists_its_own_inputs_and_finds_the_examples(comfy: SimpleNamespace, tmp_path: Path) -> None:
+    """A workflow that comes with the pack runs before anything is uploaded; an uploaded file of the name goes first."""
+    host = hosts.current()
+    (tmp_path / "input" / "mine.PNG").touch()
+    assert host.inputs(hosts.IMAGE_ENDINGS) == ["mine.PNG", "vidgen-first-frame.png", "vidgen-mask.png"]
+    assert host.find_input("vidgen-mask.png") == hosts.EXAMPLES / "vidgen-mask.png"
+    own = tmp_path / "input" / "vidgen-mask.png"
+    own.touch()
+    assert host.find_input("vidgen-mask.png") == own
+    assert host.inputs(hosts.IMAGE_ENDINGS).count("vidgen-mask.png") == 1
+
+
 @pytest.mark.parametrize(("num_frames", "size"), [(1, (6, 4)), (4, (6, 16)), (5, (12, 16)), (9, (18, 16))])
 def test_contact_sheet(num_frames: int, size: tuple[int, int]) -> None:
     frames = torch.arange(num_frames, dtype=torch.uint8)[:, None, None, None].expand(num_frames, 6, 4, 3)
