@@ -399,7 +399,7 @@ def _denoise(
     whole = parts[0] if len(parts) == 1 else denoise
     if given.mask is not None:
         assert given.start is not None, "checked before"
-        whole = keep(whole, given.start, given.mask)
+        whole = keep(whole, given.start.to(model.device), given.mask.to(model.device))
     return whole if held is None else hold(whole, held)
 
 
