@@ -8,10 +8,12 @@ __version__ = "0.1.0"
 
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
+    from .nodes.bridges import FromConditioning
     from .nodes.embeddings import LoadEmbeddings, SaveEmbeddings
+    from .nodes.image import FitImages, ImageToVideo, LoadImage, PadVideo
     from .nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
     from .nodes.lora import ApplyLora
-    from .nodes.sampling import EmptyLatent, Sampler
+    from .nodes.sampling import EmptyLatent, Sampler, Sigmas
     from .nodes.text import EncodePrompt
     from .nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
 
@@ -30,6 +32,12 @@ if __package__:
         "VidGenSaveVideo": SaveVideo,
         "VidGenLoadVideo": LoadVideo,
         "VidGenApplyLora": ApplyLora,
+        "VidGenLoadImage": LoadImage,
+        "VidGenFitImages": FitImages,
+        "VidGenImageToVideo": ImageToVideo,
+        "VidGenPadVideo": PadVideo,
+        "VidGenSigmas": Sigmas,
+        "VidGenFromConditioning": FromConditioning,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -47,6 +55,12 @@ if __package__:
         "VidGenSaveVideo": "Save Video (VidGen)",
         "VidGenLoadVideo": "Load Video (VidGen)",
         "VidGenApplyLora": "Apply LoRA (VidGen)",
+        "VidGenLoadImage": "Load Image (VidGen)",
+        "VidGenFitImages": "Fit Images (VidGen)",
+        "VidGenImageToVideo": "Image to Video (VidGen)",
+        "VidGenPadVideo": "Pad Video (VidGen)",
+        "VidGenSigmas": "Sigmas (VidGen)",
+        "VidGenFromConditioning": "From Conditioning (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

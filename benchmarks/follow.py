@@ -70,7 +70,7 @@ def run_task(task: Task) -> list[dict[str, Any]]:
     from ..vidgen_core.generate import Sampling, generate
 
     torch.set_num_threads(1)
-    bundle = _bundle(task.model)
+    bundle = bundle_of(task.model)
     settings = Sampling(**dict(task.sampling))
     rows = []
     for index in task.indices:
@@ -80,15 +80,15 @@ def run_task(task: Task) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - started
         render = to_pixels(video[0])
         truth = shapes.render(scene)
-        round_trip = _round_trip(bundle.codec, truth)
+        reconstruction = round_trip(bundle.codec, truth)
         rows.append(
             {
                 "index": index,
                 "caption": caption,
                 "wanted": {name: getattr(scene, name) for name in detect.JUDGED},
                 "seen": detect.detect(render),
-                "ceiling": detect.detect(round_trip),
-                "psnr_db": _psnr_db(round_trip, truth),
+                "ceiling": detect.detect(reconstruction),
+                "psnr_db": psnr_db(reconstruction, truth),
                 "features": features(render).tolist(),
                 "true_features": features(truth).tolist(),
                 "seconds": seconds,
@@ -98,14 +98,14 @@ def run_task(task: Task) -> list[dict[str, Any]]:
 
 
 @lru_cache(maxsize=1)
-def _bundle(model: str | None) -> Any:
+def bundle_of(model: str | None) -> Any:
     """Loaded once in each process, not once for each of its tasks."""
     from ..vidgen_core.bundle import load_bundle
 
     return load_bundle(model)
 
 
-def _round_trip(codec: Any, clip: np.ndarray) -> np.ndarray:
+def round_trip(codec: Any, clip: np.ndarray) -> np.ndarray:
     import torch
 
     from ..training.pictures import to_pixels
@@ -115,7 +115,7 @@ def _round_trip(codec: Any, clip: np.ndarray) -> np.ndarray:
         return to_pixels(codec.decode(codec.encode(video))[0].float())
 
 
-def _psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
     error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean()
     return 10 * math.log10(255**2 / max(error, 1e-9))
 

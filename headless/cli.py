@@ -15,6 +15,8 @@ from ..vidgen_core.errors import Cancelled, SettingsError, UserError
 from .stop import Stop
 
 EXIT_ERROR = 1
+DENOISE = 0.6
+"""how far --video is changed where --denoise does not say"""
 EXIT_STOPPED = 130  # as the shell says of a command that ctrl-C ended
 
 
@@ -75,6 +77,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("prompt", help="what the video shows, in quotes")
     parser.add_argument("-o", "--output", type=Path, default=Path("vidgen.mp4"), help="an .mp4, .webm, .gif or .webp")
     parser.add_argument("--negative", metavar="TEXT", help="what the video should not show")
+    parser.add_argument("--image", metavar="FILE", help="the first frame; it is cut to the size of the video")
+    parser.add_argument("--video", metavar="FILE", help="a video to change; it is cut to the size of the result")
+    parser.add_argument("--denoise", type=float, help="how far to change it: 0.1 hardly, 1 completely (default 0.6)")
     parser.add_argument("--seed", type=int, default=0, help="another number, another video (default 0)")
     parser.add_argument("--frames", type=int, help="length in frames: 1, 5, 9, 13, 17, ...")
     parser.add_argument("--size", metavar="WxH", help="width and height in px, multiples of 16")
@@ -181,29 +186,41 @@ def _going_on(kept: Sequence[Path]) -> str:
 
 
 def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:
-    """The shipped text-to-video workflow with the settings of the command line.
+    """The shipped workflow from text, from an image or from a video, with the settings of the command line.
 
     Raises:
         UserError: before any weights are read.
     """
     from .render import node_of, shipped
 
-    prompt = shipped("hunyuan_t2v")
+    workflow = _workflow(arguments)
+    prompt = shipped(workflow)
     loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
     if arguments.model is not None:
         loader["model_folder"] = arguments.model
     shape, fps, negative = _preflight(arguments, loader["model_folder"])
+    size = {"width": shape.width_px, "height": shape.height_px}
+    length = {"num_frames": shape.num_frames}
     changes = {
         ("VidGenEncodePrompt", "Prompt"): {"prompt": arguments.prompt},
         ("VidGenEncodePrompt", "Negative Prompt"): {"prompt": negative},
-        ("VidGenEmptyLatent", None): {
-            "width": shape.width_px,
-            "height": shape.height_px,
-            "num_frames": shape.num_frames,
-        },
+        **{
+            "hunyuan_t2v": {("VidGenEmptyLatent", None): size | length},
+            "hunyuan_i2v": {
+                ("VidGenLoadImage", None): {"image": arguments.image},
+                ("VidGenImageToVideo", None): size | length | {"method": "auto"},
+            },
+            "hunyuan_v2v": {
+                ("VidGenLoadVideo", None): {"video": arguments.video, "max_frames": shape.num_frames},
+                ("VidGenFitImages", None): size,
+            },
+        }[workflow],
         ("VidGenSampler", None): {
-            name: getattr(arguments, name)
-            for name in ("seed", "steps", "cfg", "guidance", "shift", "sampler", "schedule")
+            **{
+                name: getattr(arguments, name)
+                for name in ("seed", "steps", "cfg", "guidance", "shift", "sampler", "schedule")
+            },
+            "denoise": _denoise(arguments),
         },
         ("VidGenSaveVideo", None): {
             "fps": fps,
@@ -249,13 +266,36 @@ def parse_lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _workflow(arguments: argparse.Namespace) -> str:
+    """Which shipped workflow does what is asked for."""
+    if arguments.image is not None and arguments.video is not None:
+        raise SettingsError(
+            "A video is made from an image or from a video",
+            given=f"--image {arguments.image} --video {arguments.video}",
+            expected="one of the two",
+        )
+    if arguments.denoise is not None and arguments.video is None:
+        raise SettingsError(
+            "There is nothing to change", given=f"--denoise {arguments.denoise}", expected="--video FILE with it"
+        )
+    if arguments.image is not None:
+        return "hunyuan_i2v"
+    return "hunyuan_t2v" if arguments.video is None else "hunyuan_v2v"
+
+
+def _denoise(arguments: argparse.Namespace) -> float:
+    if arguments.video is None:
+        return 1.0
+    return DENOISE if arguments.denoise is None else arguments.denoise
+
+
 def _format(output: Path) -> str:
     """The choice of Save Video; .m4v and .mov are mp4 under another name."""
     ending = output.suffix.lower().removeprefix(".")
     return ending if ending in ("webm", "gif", "webp") else "mp4"
 
 
-def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, str]:
+def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float | None, str]:
     """(shape, fps, negative prompt), after checking every setting against the headers of the model's files."""
     from ..nodes.host import LocalNodeHost
     from ..vidgen_core.bundle import find_parts
@@ -284,6 +324,7 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, s
         cfg=arguments.cfg,
         seed=arguments.seed,
         negative_prompt=arguments.negative,
+        denoise=_denoise(arguments),
     ).resolved(defaults)
     settings.check(family.diffusion(network.config))
     for text in arguments.lora:
@@ -291,7 +332,24 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float, s
         check_strength(strength)
         check_lora(host.find("lora", name), network)
     assert settings.negative_prompt is not None
-    return shape, float(defaults.fps if arguments.fps is None else arguments.fps), settings.negative_prompt
+    _check_inputs(arguments, host, family, network.config, shape)
+    # A video that is changed keeps its own frame rate: the workflow links it.
+    own_fps = None if arguments.video is not None else float(defaults.fps)
+    return shape, own_fps if arguments.fps is None else arguments.fps, settings.negative_prompt
+
+
+def _check_inputs(arguments: argparse.Namespace, host: Any, family: Any, config: Any, shape: Any) -> None:
+    """Raise UserError for an image or a video that cannot be read, or that this network cannot take."""
+    from ..vidgen_core.keyframes import Keyframe, picture
+    from ..vidgen_core.media import read_image
+
+    keyframes = []
+    if arguments.image is not None:
+        image, _ = read_image(host.find_input(arguments.image))
+        keyframes = [Keyframe(image=picture(image))]
+    family.keyframes.check(config, keyframes, shape.num_frames)
+    if arguments.video is not None:
+        host.find_input(arguments.video)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +27,9 @@ from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
 EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
 """under ``models/``"""
 VIDEO_ENDINGS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"})
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+EXAMPLES = Path(__file__).resolve().parents[1] / "workflows" / "inputs"
+"""what the shipped workflows read, so that they run before anything is uploaded"""
 
 
 class NodeHost(Host, Protocol):
@@ -52,12 +55,12 @@ class NodeHost(Host, Protocol):
         """The folder that the user calls ``name``; FileError if there is none."""
         ...
 
-    def input_videos(self) -> list[str]:
-        """Names for the list of Load Video."""
+    def inputs(self, endings: Collection[str]) -> list[str]:
+        """Names for the list of Load Video or Load Image: files with one of these endings, the examples last."""
         ...
 
     def find_input(self, name: str) -> Path:
-        """The file of an input video; FileError if there is none."""
+        """The file of an input video or image; FileError if there is none."""
         ...
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
@@ -150,6 +153,15 @@ def find_bundled(name: str) -> Path | None:
     folder = bundled_models().get(model)
     # Only a plain file name: a workflow from elsewhere must not reach out of the folder.
     return folder / file if folder and file == Path(file).name and (folder / file).is_file() else None
+
+
+def example_names(endings: Collection[str]) -> list[str]:
+    return sorted(path.name for path in EXAMPLES.glob("*") if path.suffix.lower() in endings)
+
+
+def find_example(name: str) -> Path | None:
+    # Only a plain file name, as for bundled models.
+    return EXAMPLES / name if name == Path(name).name and (EXAMPLES / name).is_file() else None
 
 
 def known_folder(host: NodeHost, name: str) -> Path:
@@ -250,14 +262,15 @@ class LocalNodeHost(LocalHost):
         path = Path(name).expanduser()
         return path if path.is_dir() else known_folder(self, name)
 
-    def input_videos(self) -> list[str]:
-        return []
+    def inputs(self, endings: Collection[str]) -> list[str]:
+        return example_names(endings)
 
     def find_input(self, name: str) -> Path:
         path = Path(name).expanduser()
-        if not path.is_file():
-            raise FileError("There is no such video", given=name, expected="a path to a video file")
-        return path
+        found = path if path.is_file() else find_example(name)
+        if found is None:
+            raise FileError("There is no such file", given=name, expected="a path to a video or an image")
+        return found
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         subfolder = ""
@@ -411,18 +424,22 @@ class ComfyHost:
     def find_model_folder(self, name: str) -> Path:
         return known_folder(self, name)
 
-    def input_videos(self) -> list[str]:
+    def inputs(self, endings: Collection[str]) -> list[str]:
         import folder_paths
 
         folder = Path(folder_paths.get_input_directory())
-        return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in VIDEO_ENDINGS)
+        own = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in endings)
+        return own + [name for name in example_names(endings) if name not in own]
 
     def find_input(self, name: str) -> Path:
         import folder_paths
 
-        if not folder_paths.exists_annotated_filepath(name):
-            raise FileError("There is no such video", given=name, expected="a file in ComfyUI/input")
-        return Path(folder_paths.get_annotated_filepath(name))
+        if folder_paths.exists_annotated_filepath(name):
+            return Path(folder_paths.get_annotated_filepath(name))
+        found = find_example(name)
+        if found is None:
+            raise FileError("There is no such file", given=name, expected="a file in ComfyUI/input")
+        return found
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         import folder_paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .wires import (
@@ -14,6 +15,7 @@ from .wires import (
     check_latents,
     check_text,
     codec_latent,
+    latent_mask,
     latent_scale,
     raw_latent,
     video_samples,
@@ -67,9 +69,12 @@ class EmptyLatent:
 
 
 def _choices(which: str) -> list[str]:
+    from ..vidgen_core.guidance import CFG_SCHEDULES
     from ..vidgen_core.sampling import SAMPLERS
     from ..vidgen_core.timesteps import SCHEDULES
 
+    if which == "cfg_schedule":
+        return list(CFG_SCHEDULES)
     return [AUTO, *(SAMPLERS if which == "sampler" else SCHEDULES)]
 
 
@@ -133,6 +138,27 @@ class Sampler:
             },
             "optional": {
                 "negative": (COND, {"tooltip": "What the video should not show; needed where cfg is not 1."}),
+                "cfg_schedule": (
+                    _choices("cfg_schedule"),
+                    {"default": "constant", "tooltip": "How cfg changes along the run; interval is off outside of it."},
+                ),
+                "cfg_start": _number(1.0, "The time at which cfg sets in: 1 is noise.", high=1.0, step=0.01),
+                "cfg_end": _number(0.0, "The time at which cfg ends: 0 is the finished video.", high=1.0, step=0.01),
+                "cfg_rescale": _number(
+                    0.0, "Above 0: against the burnt colours of a high cfg; 0.7 is usual.", high=1.0, step=0.05
+                ),
+                "cfg_batched": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "With and without the prompt in one pass: faster. Off: one after the other, "
+                        "with half of the memory.",
+                    },
+                ),
+                "sigmas": (
+                    "SIGMAS",
+                    {"tooltip": "Noise levels to visit; they take the place of steps, schedule, shift and denoise."},
+                ),
             },
             "hidden": {"node_id": "UNIQUE_ID"},
         }
@@ -151,6 +177,12 @@ class Sampler:
         schedule: str,
         denoise: float,
         negative: EncodedPrompt | None = None,
+        cfg_schedule: str = "constant",
+        cfg_start: float = 1.0,
+        cfg_end: float = 0.0,
+        cfg_rescale: float = 0.0,
+        cfg_batched: bool = True,
+        sigmas: Any = None,
         node_id: str | None = None,
     ) -> tuple[Latent]:
         from ..vidgen_core.generate import Sampling, check_prompts, sample_latents
@@ -160,30 +192,97 @@ class Sampler:
         host = current()
         samples, scale = video_samples(latent), latent_scale(latent, model)
         check_latents(model, samples)
+        mask = latent_mask(latent | {"samples": samples}, model)
+        mode, still = first_frame(model, positive, samples.shape)
         settings = Sampling(
             num_steps=steps or None,
             sampler=None if sampler == AUTO else sampler,
             schedule=None if schedule == AUTO else schedule,
-            shift=shift or None,
+            shift=shift or mode.shift,
             guidance=guidance or None,
             cfg=cfg or None,
+            cfg_schedule=cfg_schedule,
+            cfg_start=cfg_start,
+            cfg_end=cfg_end,
+            cfg_rescale=cfg_rescale,
+            cfg_batched=cfg_batched,
             seed=seed,
             denoise=denoise,
+            sigmas=None if sigmas is None else tuple(sigmas.flatten().tolist()),
             resume_path=host.resume_path(str(node_id)),
         )
+        times = settings.resolved(model.defaults).check(model.diffusion)
+        from_video = mask is not None or settings.starts_within(times)
+        settings = replace(settings, start_share=0.0 if from_video else mode.start_share)
         result = sample_latents(
             model,
-            condition(model, positive, guidance or None),
+            condition(model, positive, guidance or None, samples.shape),
             None if negative is None else condition(model, negative, guidance or None),
             samples.shape,
             settings,
             host=host,
-            start=samples * scale if denoise < 1 else None,
+            start=samples * scale if from_video else still,
+            mask=mask,
         )
-        return (raw_latent(result, scale),)
+        return (raw_latent(result, scale, hidden_frames=model.family.keyframes.hidden_frames(model.config)),)
 
 
-def condition(model: Any, encoded: EncodedPrompt, guidance: float | None) -> Any:
-    """What the network is told for a prompt, on its device; CheckpointError if the encoders are another model's."""
+def condition(model: Any, encoded: EncodedPrompt, guidance: float | None, shape: Any = None) -> Any:
+    """What the network is told for a prompt, on its device; CheckpointError if the encoders are another model's.
+    With the ``shape`` of the latents it is told of the prompt's images, too."""
+    from ..vidgen_core.generate import with_keyframes
+
     check_text(model, encoded)
-    return model.conditioning(encoded.features, guidance=guidance).to(model.device)
+    cond = model.conditioning(encoded.features, guidance=guidance).to(model.device)
+    if encoded.images is None or shape is None:
+        return cond
+    return with_keyframes(model, cond, encoded.images.keyframes, shape, method=encoded.images.method)
+
+
+def first_frame(model: Any, encoded: EncodedPrompt, shape: Any) -> tuple[Any, Any]:
+    """(how closely motion keeps to the prompt's image, the image as a still video of latents)."""
+    from ..vidgen_core.families import ImageMode
+    from ..vidgen_core.generate import image_mode
+    from ..vidgen_core.keyframes import repeat_over_frames
+
+    if encoded.images is None:
+        return ImageMode(), None
+    still = repeat_over_frames(encoded.images.keyframes[0].latents, shape)
+    return image_mode(model, encoded.images.mode), still
+
+
+class Sigmas:
+    CATEGORY = f"{CATEGORY}/sampling"
+    DESCRIPTION = "The noise levels that a sampler visits, to look at, to change, or to share between samplers."
+    SEARCH_ALIASES = ["sigmas", "scheduler", "basic scheduler"]
+    RETURN_TYPES = ("SIGMAS",)
+    RETURN_NAMES = ("sigmas",)
+    OUTPUT_TOOLTIPS = ("Noise levels from noise to 0, for the Sampler.",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        steps = {"default": 0, "min": 0, "max": 1000, "tooltip": "Steps from noise to video; 0: the checkpoint's."}
+        return {
+            "required": {
+                "model": (MODEL, {"tooltip": "The diffusion network, for its noise and its defaults."}),
+                "schedule": (_choices("schedule"), {"default": AUTO, "tooltip": "How the steps are spread."}),
+                "steps": ("INT", steps),
+                "shift": _number(0.0, "Above 1: more of the steps at high noise. 0: the checkpoint's.", high=100.0),
+                "denoise": _number(
+                    1.0, "Below 1: only the last part of a longer run, to change a video.", high=1.0, step=0.01
+                ),
+            }
+        }
+
+    def make(self, model: Any, schedule: str, steps: int, shift: float, denoise: float) -> tuple[Any]:
+        from ..vidgen_core.generate import Sampling
+        from ..vidgen_core.timesteps import to_sigmas
+
+        settings = Sampling(
+            num_steps=steps or None,
+            schedule=None if schedule == AUTO else schedule,
+            shift=shift or None,
+            denoise=denoise,
+        )
+        return (to_sigmas(settings.resolved(model.defaults).check(model.diffusion), model.diffusion),)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..vidgen_core.errors import UserError
-from .wires import CATEGORY, VAE, Latent, codec_latent, codec_scale, video_samples
+from ..vidgen_core.errors import SettingsError, UserError
+from .wires import CATEGORY, VAE, Latent, codec_latent, codec_scale, hidden_frames, video_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,16 +31,68 @@ class Decode:
             "required": {
                 "vae": (VAE, {"tooltip": "The VAE of the model that made the latents."}),
                 "latent": ("LATENT", {"tooltip": "Finished latents."}),
-            }
+            },
+            "optional": {
+                "tile_size": (
+                    "INT",
+                    {
+                        "default": 256,
+                        "min": 0,
+                        "max": 4096,
+                        "step": 32,
+                        "tooltip": "Side in px of a large video's tiles; smaller takes less memory. 0: in one piece.",
+                    },
+                ),
+                "overlap": (
+                    "INT",
+                    {
+                        "default": 64,
+                        "min": 0,
+                        "max": 2048,
+                        "step": 16,
+                        "tooltip": "How far tiles fade into each other, in px.",
+                    },
+                ),
+                "temporal_size": (
+                    "INT",
+                    {
+                        "default": 64,
+                        "min": 4,
+                        "max": 1024,
+                        "step": 4,
+                        "tooltip": "Frames of a tile; fewer take less memory.",
+                    },
+                ),
+                "temporal_overlap": (
+                    "INT",
+                    {"default": 16, "min": 0, "max": 512, "step": 4, "tooltip": "Frames that fade into each other."},
+                ),
+            },
         }
 
-    def decode(self, vae: Any, latent: Latent) -> tuple[Tensor]:
+    def decode(
+        self,
+        vae: Any,
+        latent: Latent,
+        tile_size: int = 256,
+        overlap: int = 64,
+        temporal_size: int = 64,
+        temporal_overlap: int = 16,
+    ) -> tuple[Tensor]:
         from ..vidgen_core.generate import decode_latents
         from ..vidgen_core.media import video_to_images
+        from ..vidgen_core.tiling import Tiling
         from .host import current
 
         samples = video_samples(latent) * codec_scale(vae)
-        return (video_to_images(decode_latents(vae, samples, host=current())),)
+        tiling = Tiling(
+            tile_px=tile_size,
+            stride_px=tile_size - overlap,
+            tile_frames=temporal_size,
+            stride_frames=temporal_size - temporal_overlap,
+        )
+        video = decode_latents(vae, samples, tiling=tiling if tile_size else None, host=current())
+        return (video_to_images(video[:, :, hidden_frames(latent) :]),)
 
 
 class EncodeVideo:
@@ -63,18 +115,49 @@ class EncodeVideo:
                 "vae": (VAE, {"tooltip": "The VAE of the model that will use the latents."}),
                 "images": ("IMAGE", {"tooltip": "The frames of one video."}),
                 "fit": (["crop", "strict"], {"default": "crop", "tooltip": fit}),
-            }
+            },
+            "optional": {
+                "mask": (
+                    "MASK",
+                    {"tooltip": "White is made new by the sampler, black stays; one for all frames, or one for each."},
+                ),
+            },
         }
 
-    def encode(self, vae: Any, images: Tensor, fit: str) -> tuple[Latent]:
+    def encode(self, vae: Any, images: Tensor, fit: str, mask: Tensor | None = None) -> tuple[Latent]:
         import torch
 
         from ..vidgen_core.media import crop_to_grid, images_to_video
+        from ..vidgen_core.tiling import tiled
 
+        if mask is not None:
+            images = with_mask(images, mask)
         if fit == "crop":
             images = crop_to_grid(images, vae.grid, multiple_px=16)
         with torch.inference_mode():
-            return (codec_latent(vae, vae.encode(images_to_video(images))),)
+            latent = codec_latent(vae, tiled(vae).encode(images_to_video(images)))
+        if mask is not None:
+            latent["noise_mask"] = images[None, None, ..., 3]
+        return (latent,)
+
+
+def with_mask(images: Tensor, mask: Tensor) -> Tensor:
+    """IMAGE (T, H, W, 3) and MASK (1 or T, H, W) -> (T, H, W, 4), so that both are cropped alike."""
+    import torch
+
+    shape = tuple(mask.shape)
+    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+    if mask.ndim != 3 or len(mask) not in (1, len(images)) or mask.shape[1:] != images.shape[1:3]:
+        raise SettingsError(
+            "The mask is of another size than the images",
+            given=f"mask {shape}, images {tuple(images.shape)}",
+            expected=f"{images.shape[2]} x {images.shape[1]} px, and 1 or {len(images)} masks",
+            do="resize the mask, or draw it on a frame of this video",
+        )
+    if not bool(torch.isfinite(mask).all()):
+        raise SettingsError("The mask has numbers in it that are not finite", expected="numbers from 0 to 1")
+    mask = mask.to(images).clamp(0, 1).expand(len(images), -1, -1)
+    return torch.cat([images[..., :3], mask.unsqueeze(-1)], dim=-1)
 
 
 class SaveVideo:
@@ -132,6 +215,24 @@ def watched(frames: Any, total: int, host: Any) -> Any:
         host.progress("save", number + 1, total)
 
 
+def found_input(name: str) -> bool | str:
+    """True if the host has this input file, else why not: for VALIDATE_INPUTS."""
+    from .host import current
+
+    try:
+        current().find_input(name)
+    except UserError as error:
+        return str(error)
+    return True
+
+
+def changed_at(name: str) -> float:
+    """For IS_CHANGED: a file with the same name may have been replaced."""
+    from .host import current
+
+    return os.path.getmtime(current().find_input(name))
+
+
 class LoadVideo:
     CATEGORY = f"{CATEGORY}/video"
     DESCRIPTION = "Reads the frames of a video file."
@@ -143,14 +244,14 @@ class LoadVideo:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        from .host import current
+        from .host import VIDEO_ENDINGS, current
 
         tooltip = "A file in the input folder; in the headless host a path."
         first = "Frames to leave out at the start."
         most = "Frames to read at most; 0 reads to the end."
         return {
             "required": {
-                "video": (current().input_videos(), {"video_upload": True, "tooltip": tooltip}),
+                "video": (current().inputs(VIDEO_ENDINGS), {"video_upload": True, "tooltip": tooltip}),
                 "start_frame": ("INT", {"default": 0, "min": 0, "max": 10**6, "tooltip": first}),
                 "max_frames": ("INT", {"default": 0, "min": 0, "max": 10**6, "tooltip": most}),
             }
@@ -158,20 +259,11 @@ class LoadVideo:
 
     @classmethod
     def VALIDATE_INPUTS(cls, video: str) -> bool | str:
-        from .host import current
-
-        try:
-            current().find_input(video)
-        except UserError as error:
-            return str(error)
-        return True
+        return found_input(video)
 
     @classmethod
     def IS_CHANGED(cls, video: str, **_: Any) -> float:
-        """A file with the same name may have been replaced."""
-        from .host import current
-
-        return os.path.getmtime(current().find_input(video))
+        return changed_at(video)
 
     def load(self, video: str, start_frame: int, max_frames: int) -> tuple[Tensor, float, int]:
         from ..vidgen_core.media import frames_to_images, read_video

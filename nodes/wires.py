@@ -2,7 +2,9 @@
 
 A LATENT is ComfyUI's dict with ``samples`` (B, C, T, H, W): raw latents as the VAE makes them, on the CPU, not at
 the unit scale that the network sees. So native nodes and ours take each other's. Our own also carry
-``vidgen_scale``, because a checkpoint may have another scale than its family's published one.
+``vidgen_scale``, because a checkpoint may have another scale than its family's published one, and, of a model whose
+videos begin with frames that are not to be seen, ``vidgen_hidden_frames``. ``noise_mask`` is ComfyUI's: 1 where the
+sampler makes the video new, in pixels.
 """
 
 from __future__ import annotations
@@ -16,14 +18,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..vidgen_core.codec import Codec
+    from ..vidgen_core.keyframes import LatentKeyframe
     from ..vidgen_core.model import VideoModel
 
 CATEGORY = "VidGen"
 MODEL, VAE, TEXT, COND = "VIDGEN_MODEL", "VIDGEN_VAE", "VIDGEN_TEXT", "VIDGEN_COND"
 
 _SCALE = "vidgen_scale"
+_HIDDEN = "vidgen_hidden_frames"
 
 Latent = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenImages:
+    """What Image to Video adds to a prompt."""
+
+    keyframes: tuple[LatentKeyframe, ...]
+    method: str
+    """how the network takes them, where its file does not say"""
+    mode: str
+    """how closely motion keeps to them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +49,18 @@ class EncodedPrompt:
     features: Any
     """the family's own dataclass of tensors"""
     text_config: Any
-    """of the encoders, to tell whether they belong to the network"""
+    """of the encoders, to tell whether they belong to the network; None: that was checked before"""
     template: str = ""
     """its kind: "video", "image", "i2v video", "i2v image", "custom" """
     fingerprint: str = ""
     """of the encoders' files"""
+    images: GivenImages | None = None
 
 
 def check_text(model: VideoModel, encoded: EncodedPrompt) -> None:
     """Raise CheckpointError unless the prompt was encoded by encoders that this network was trained with."""
+    if encoded.text_config is None:
+        return
     problem = model.family.fits_text(model.config, encoded.text_config)
     if problem:
         raise CheckpointError(
@@ -55,8 +73,23 @@ def codec_latent(codec: Codec, latents: Tensor) -> Latent:
     return raw_latent(latents, codec_scale(codec))
 
 
-def raw_latent(latents: Tensor, scale: float) -> Latent:
-    return {"samples": (latents.float() / scale).cpu(), _SCALE: scale}
+def raw_latent(latents: Tensor, scale: float, *, hidden_frames: int = 0) -> Latent:
+    latent = {"samples": (latents.float() / scale).cpu(), _SCALE: scale}
+    return latent | ({_HIDDEN: hidden_frames} if hidden_frames else {})
+
+
+def hidden_frames(latent: Latent) -> int:
+    """How many frames at the start of each decoded video are not to be seen."""
+    return latent.get(_HIDDEN, 0)
+
+
+def latent_mask(latent: Latent, model: VideoModel) -> Tensor | None:
+    """The ``noise_mask`` of a LATENT as (1 or B, 1, T, H, W) latents; SettingsError if it is of another size."""
+    from ..vidgen_core.keyframes import mask_to_latents
+
+    mask = latent.get("noise_mask")
+    grid = model.family.grid(model.family.parts["codec"].config())
+    return None if mask is None else mask_to_latents(mask, grid, latent["samples"].shape)
 
 
 def codec_scale(codec: Codec) -> float:

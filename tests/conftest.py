@@ -159,6 +159,7 @@ def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text_width=32,
             pooled_width=32,
             guidance_embed=False,
+            accepts_first_frame=True,
         )
         codec_config = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=4, scaling_factor=0.7)
         network = HunyuanVideoTransformer(network_config)

@@ -59,6 +59,9 @@ def refused(capsys: pytest.CaptureFixture[str], command: list[str], *words: str)
         ("--shift 0", ["shift"]),
         ("--cfg nan", ["cfg"]),
         ("--seed -1", ["seed"]),
+        ("--image no.png", ["no such file", "no.png"]),
+        ("--video no.mp4", ["no such file", "no.mp4"]),
+        ("--denoise 0.5", ["nothing to change", "--video FILE"]),
         ("--fps 0", ["fps"]),
         ("--fps nan", ["fps"]),
         ("--crf 99", ["crf"]),
@@ -72,6 +75,47 @@ def test_settings_that_cannot_be(
     flag, value = options.split()
     refused(capsys, generate(tiny_bundle_dir, tmp_path / "a.mp4", f"{flag}={value}"), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image", "vidgen-mask.png", "--video", "vidgen-circle.mp4"], ["from an image or from a video"]),
+        (["--image", "vidgen-circle.mp4"], ["image cannot be read", "PNG, JPEG"]),
+        (["--image", "vidgen-mask.png", "--frames", "1"], ["too short", "5 frames or more"]),
+        (["--video", "vidgen-circle.mp4", "--denoise", "0"], ["denoising strength"]),
+        (["--video", "vidgen-circle.mp4", "--denoise", "1.2"], ["denoising strength"]),
+        (["--video", "vidgen-circle.mp4", "--size", "30x32"], ["width", "30 px"]),
+    ],
+)
+def test_images_and_videos_that_cannot_be(
+    options: list[str], words: list[str], tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, generate(tiny_bundle_dir, tmp_path / "a.mp4", *options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_for_a_network_that_knows_text_alone(
+    tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said from the header, before any weights are read."""
+    from dataclasses import replace
+
+    from vidgen.training.export import export_network
+    from vidgen.vidgen_core.model import load_network
+
+    folder = tmp_path / "text-alone"
+    shutil.copytree(tiny_bundle_dir, folder)
+    model = load_network(folder / "network.safetensors")
+    config = replace(model.config, accepts_first_frame=False)
+    export_network(folder / "network.safetensors", model.network, config, model.defaults)
+    refused(
+        capsys,
+        generate(folder, tmp_path / "a.mp4", "--image", "vidgen-mask.png"),
+        "text alone",
+        "image-to-video checkpoint",
+        "token_replace",
+    )
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])

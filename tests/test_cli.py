@@ -83,6 +83,11 @@ def test_generate_hands_every_option_on(tiny_bundle_dir: Path, tmp_path: Path) -
         "sampler": "heun",
         "schedule": "karras",
         "denoise": 1.0,
+        "cfg_schedule": "constant",
+        "cfg_start": 1.0,
+        "cfg_end": 0.0,
+        "cfg_rescale": 0.0,
+        "cfg_batched": True,
     }
     assert prompt["2"]["inputs"]["prompt"] == "a red star"
     assert prompt["3"]["inputs"]["prompt"] == "fog"
@@ -111,6 +116,43 @@ def test_a_single_frame_takes_the_template_for_images(tiny_bundle_dir: Path, tmp
 
 def test_unknown_words_do_no_harm(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     assert generate(tiny_bundle_dir, tmp_path / "a.mp4", "-q", prompt="a zxqy 漢 \U0001f980 star") == 0
+
+
+EXAMPLES = Path(vidgen.__file__).resolve().parent / "workflows" / "inputs"
+
+
+def test_an_image_is_the_first_frame(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    """The shipped workflow with the settings of the command line; another image, another video."""
+    out, other = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    image = str(EXAMPLES / "vidgen-first-frame.png")
+    options = ("-q", "--frames", "5", "--steps", "1", "--shift", "2")
+    assert generate(tiny_bundle_dir, out, "--image", image, *options) == 0
+    assert generate(tiny_bundle_dir, other, "--image", str(EXAMPLES / "vidgen-mask.png"), *options) == 0
+    frames, fps = read_video(out)
+    assert (frames.shape, fps) == ((5, 32, 32, 3), 8)
+    assert (frames != read_video(other)[0]).any()
+    prompt = json.loads(read_metadata(out)["prompt"])
+    inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert inputs["VidGenLoadImage"]["image"] == image
+    assert inputs["VidGenImageToVideo"]["method"] == "auto"
+    assert inputs["VidGenSampler"]["shift"] == 2
+
+
+def test_a_video_is_changed(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    """As far as denoise says, at its own frame rate and the size of the result."""
+    options = ("-q", "--video", str(EXAMPLES / "vidgen-circle.mp4"), "--frames", "5", "--steps", "2", "--size", "32x48")
+    distances = []
+    for denoise in ("0.05", "1"):
+        out = tmp_path / f"{denoise}.mp4"
+        assert generate(tiny_bundle_dir, out, *options, "--denoise", denoise) == 0
+        frames, fps = read_video(out)
+        assert (frames.shape, fps) == ((5, 48, 32, 3), 8)
+        distances.append(frames)
+    assert (distances[0] != distances[1]).any()
+    assert generate(tiny_bundle_dir, tmp_path / "a.mp4", *options, "--fps", "12") == 0
+    assert read_video(tmp_path / "a.mp4")[1] == 12
+    prompt = json.loads(read_metadata(tmp_path / "a.mp4")["prompt"])
+    assert {node["class_type"]: node["inputs"] for node in prompt.values()}["VidGenSampler"]["denoise"] == 0.6
 
 
 # --- render -----------------------------------------------------------------------------------------------------------

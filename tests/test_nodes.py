@@ -50,12 +50,21 @@ WIDGETS_FOREVER = {
     "VidGenEmptyLatent": ["width", "height", "num_frames", "batch_size"],
     "VidGenSampler": [
         *("seed", "control_after_generate", "steps", "cfg", "guidance", "shift", "sampler", "schedule", "denoise"),
+        *("cfg_schedule", "cfg_start", "cfg_end", "cfg_rescale", "cfg_batched"),
     ],
-    "VidGenDecode": [],
+    "VidGenDecode": ["tile_size", "overlap", "temporal_size", "temporal_overlap"],
     "VidGenEncodeVideo": ["fit"],
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
     "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
+    "VidGenLoadImage": ["image"],
+    "VidGenFitImages": ["width", "height", "fit"],
+    "VidGenImageToVideo": [
+        *("width", "height", "num_frames", "size", "fit", "mode", "method", "batch_size"),
+    ],
+    "VidGenPadVideo": ["left", "top", "right", "bottom", "overlap"],
+    "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
+    "VidGenFromConditioning": [],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 
@@ -508,6 +517,18 @@ def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tin
         host.find_model_folder(str(tiny_bundle_dir))
     with pytest.raises(FileError):
         host.find_input("missing.mp4")
+
+
+def test_comfyui_lists_its_own_inputs_and_finds_the_examples(comfy: SimpleNamespace, tmp_path: Path) -> None:
+    """A workflow that comes with the pack runs before anything is uploaded; an uploaded file of the name goes first."""
+    host = hosts.current()
+    (tmp_path / "input" / "mine.PNG").touch()
+    assert host.inputs(hosts.IMAGE_ENDINGS) == ["mine.PNG", "vidgen-first-frame.png", "vidgen-mask.png"]
+    assert host.find_input("vidgen-mask.png") == hosts.EXAMPLES / "vidgen-mask.png"
+    own = tmp_path / "input" / "vidgen-mask.png"
+    own.touch()
+    assert host.find_input("vidgen-mask.png") == own
+    assert host.inputs(hosts.IMAGE_ENDINGS).count("vidgen-mask.png") == 1
 
 
 @pytest.mark.parametrize(("num_frames", "size"), [(1, (6, 4)), (4, (6, 16)), (5, (12, 16)), (9, (18, 16))])

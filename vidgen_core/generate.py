@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from .bundle import load_bundle as load_bundle  # the way in, offered here with 
 from .codec import Codec
 from .diffusion import Diffusion
 from .errors import NumericsError, SettingsError
-from .families import TextEncoder
-from .guidance import cfg, cfg_schedule
+from .families import ImageMode, TextEncoder
+from .guidance import cfg, cfg_schedule, hold, keep
+from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
 from .memory.host import Host, LocalHost, available_cores
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
@@ -31,7 +32,7 @@ from .preview import LatentRGB
 from .resume import RunFile
 from .sampling import SAMPLERS, StepInfo, sample
 from .tiling import OnTile, Tiling, tiled
-from .timesteps import SCHEDULES, schedule, unknown_name
+from .timesteps import SCHEDULES, from_sigmas, schedule, unknown_name
 from .types import Conditioning, Defaults, Denoise, VideoShape
 
 MAX_BATCH = 64
@@ -76,6 +77,10 @@ class Sampling:
     """videos per prompt"""
     denoise: float = 1.0
     """below 1: start from given latents, noised to this strength"""
+    sigmas: tuple[float, ...] | None = None
+    """noise levels to visit, ComfyUI's SIGMAS; they take the place of num_steps, schedule, shift and denoise"""
+    start_share: float = 0.0
+    """how much of given latents is mixed into the noise of a run that starts from pure noise (image to video)"""
     samples_at_once: int | None = None
     """samples per forward; None: one on a CPU, where more gain nothing and change the rounding, all on a GPU"""
     threads: int | Literal["auto"] | None = "auto"
@@ -101,6 +106,7 @@ class Sampling:
         _check_number("guidance", self.guidance, low=0.0, high=1e6)
         _check_number("cfg", self.cfg, low=0.0, high=1e6)
         _check_number("cfg_rescale", self.cfg_rescale, low=0.0, high=1.0)
+        _check_number("start_share", self.start_share, low=0.0, high=1.0)
         cfg_schedule(self.cfg_schedule, self.cfg, start=self.cfg_start, end=self.cfg_end)
         _check_whole("seed", self.seed, low=0, high=2**64 - 1)
         _check_whole("number of videos", self.num_videos, low=1, high=MAX_BATCH)
@@ -110,7 +116,15 @@ class Sampling:
             _check_whole("number of threads", self.threads, low=1, high=1024)
         if not isinstance(self.negative_prompt, str):
             raise SettingsError("The negative prompt is not a text", given=repr(self.negative_prompt))
+        if self.sigmas is not None:
+            return from_sigmas(self.sigmas, diffusion)
         return schedule(self.schedule, self.num_steps, shift=self.shift, diffusion=diffusion, denoise=self.denoise)
+
+    def starts_within(self, ts: Tensor) -> bool:
+        """Whether a run over ``ts`` starts from given latents, not from pure noise."""
+        if self.sigmas is None:
+            return self.denoise < 1.0
+        return float(ts[0]) < 1 - 1e-4
 
 
 def _check_number(name: str, value: object, *, low: float, high: float) -> None:
@@ -162,6 +176,44 @@ def encode_prompts(
         return join(*(known[prompt] for prompt in prompts))
 
 
+def with_keyframes(
+    model: VideoModel,
+    cond: Conditioning,
+    keyframes: Sequence[LatentKeyframe],
+    shape: Sequence[int],
+    *,
+    method: str = "auto",
+) -> Conditioning:
+    """``cond`` with given pictures, as the model's family takes them, for latents of ``shape`` (B, C, T, H, W).
+
+    Args:
+        method: a key of ``family.keyframes.methods``: how, where the checkpoint does not say it.
+
+    Raises:
+        SettingsError: pictures that this network cannot take, or of another size.
+    """
+    config = image_method(model, method)(model.config)
+    keyframes = [replace(keyframe, latents=keyframe.latents.to(model.device)) for keyframe in keyframes]
+    return model.family.keyframes.condition(config, cond, keyframes, shape)
+
+
+def image_method(model: VideoModel, name: str) -> Callable[[Any], Any]:
+    """A way of taking pictures by name; SettingsError if the family has none of it."""
+    methods = model.family.keyframes.methods
+    if name not in methods:
+        raise unknown_name("method", name, methods)
+    return methods[name]
+
+
+def image_mode(model: VideoModel, name: str | None) -> ImageMode:
+    """How closely motion keeps to a first frame, by name; None is the family's default."""
+    modes = model.family.keyframes.modes
+    name = next(iter(modes), "none") if name is None else name
+    if name not in modes:
+        raise unknown_name("image mode", name, modes)
+    return modes[name]
+
+
 def sample_latents(
     model: VideoModel,
     positive: Conditioning,
@@ -171,6 +223,7 @@ def sample_latents(
     *,
     host: Host | None = None,
     start: Tensor | None = None,
+    mask: Tensor | None = None,
     preview: LatentRGB | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -178,10 +231,12 @@ def sample_latents(
 
     Args:
         positive: of batch 1 or B.
-        negative: needed where cfg is not 1.
+        negative: needed where cfg is not 1; it is given the pictures of ``positive``.
         shape: (B, C, T, H, W) of the latents.
         settings: None fields take the checkpoint's defaults.
-        start: clean latents of this shape, read where ``settings.denoise`` is below 1.
+        start: clean latents of this shape, read where the run starts within the noise (``denoise`` below 1), where
+            there is a mask, and where ``settings.start_share`` is above 0.
+        mask: (1 or B, 1, T, H, W) in [0, 1]: where it is 0 the result is ``start`` to the bit, where it is 1 new.
         preview: how to show unfinished latents; None shows none unless the checkpoint brings it.
         identity: what the conditioning was made from (prompt, text encoders), to tell saved runs apart in the user's
             words; None tells them apart by the conditioning's numbers.
@@ -198,13 +253,60 @@ def sample_latents(
     host = host or LocalHost()
     settings = settings.resolved(model.defaults)
     known = {"conditioning": fingerprint(positive, negative)} if identity is None else identity
-    if start is not None:
-        known = {**known, "start": fingerprint(Conditioning(concat=start))}
+    for name, given in (("start", start), ("mask", mask)):
+        if given is not None:
+            known = {**known, name: fingerprint(Conditioning(concat=given))}
+    given_latents = _Given(start, mask)
     run = _run_file(model, shape, settings, known)
-    latents = _sample(model, positive, negative, shape, settings, host=host, start=start, preview=preview, run=run)
+    latents = _sample(
+        model, positive, negative, shape, settings, host=host, given=given_latents, preview=preview, run=run
+    )
     if run is not None:
         run.save()
     return latents
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Latents that a run starts from or keeps."""
+
+    start: Tensor | None = None
+    mask: Tensor | None = None
+
+    def check(self, shape: Sequence[int], ts: Tensor, settings: Sampling) -> None:
+        """Raise SettingsError unless everything that the run needs is there, and of its shape."""
+        within = settings.starts_within(ts)
+        if not within and self.mask is None and not settings.start_share:
+            return
+        why = f"a start at noise level {float(ts[0]):.3g}" if settings.sigmas else f"denoise {settings.denoise}"
+        if not within:
+            why = "a mask" if self.mask is not None else f"start_share {settings.start_share}"
+        if self.start is None or tuple(self.start.shape) != tuple(shape):
+            raise SettingsError(
+                "There is nothing to start from",
+                given=why + ("" if self.start is None else f" and latents {tuple(self.start.shape)}"),
+                expected=f"latents of shape {tuple(shape)}, or denoise 1",
+            )
+        if not bool(torch.isfinite(self.start).all()):
+            raise SettingsError("The latents have numbers in them that are not finite", do="encode the video again")
+        if not bool(self.start.any()):
+            raise SettingsError(
+                "The latents to start from are empty",
+                given=f"{why} and latents that are all 0",
+                expected="the latents of a video",
+                do="encode one with Encode Video, or set denoise to 1",
+            )
+        if self.mask is not None and (self.mask.ndim != 5 or not _broadcasts(self.mask.shape, shape)):
+            raise SettingsError(
+                "The mask does not fit the latents",
+                given=f"shape {tuple(self.mask.shape)}",
+                expected=f"({shape[0]}, 1, {', '.join(map(str, shape[2:]))}), or 1 in any place",
+                do="make it with mask_to_latents",
+            )
+
+
+def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
+    return all(size in (1, other) for size, other in zip(small, large, strict=True))
 
 
 def _sample(
@@ -215,11 +317,13 @@ def _sample(
     settings: Sampling,
     *,
     host: Host,
-    start: Tensor | None,
+    given: _Given,
     preview: LatentRGB | None,
     run: RunFile | None,
 ) -> Tensor:
     ts = settings.check(model.diffusion)
+    given.check(shape, ts, settings)
+    model.family.keyframes.check_conditioning(model.config, positive, shape)
     noise = NoiseStream.of_batch(settings.seed, shape[0])
     state = None if run is None else run.load()
     to_rgb = preview or model.preview
@@ -241,31 +345,35 @@ def _sample(
     with torch.inference_mode(), threads, model.patched(), watched(model.network, host), saving:
         host.check_cancelled()
         host.progress("sample", 0 if state is None else state.step, len(ts) - 1)
-        denoise = _denoise(model, positive, negative, settings, shape[0])
-        x = _start(model, noise, shape, ts, start, settings)
+        denoise = _denoise(model, positive, negative, settings, shape[0], given)
+        x = _start(model.diffusion, noise.draw(shape[1:], device=model.device), ts, given, settings)
         return sample(settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step)
 
 
-def _start(
-    model: VideoModel, noise: NoiseStream, shape: Sequence[int], ts: Tensor, start: Tensor | None, settings: Sampling
-) -> Tensor:
-    """The latents at the first time: noise, or given latents with noise added."""
-    drawn = noise.draw(shape[1:], device=model.device)
-    if settings.denoise >= 1.0:
-        return model.diffusion.start(drawn, ts[0])
-    if start is None or tuple(start.shape) != tuple(shape):
-        raise SettingsError(
-            "There is nothing to start from",
-            given=f"denoise {settings.denoise}" + ("" if start is None else f" and latents {tuple(start.shape)}"),
-            expected=f"latents of shape {tuple(shape)}, or denoise 1",
-        )
-    return model.diffusion.add_noise(start.to(drawn), drawn, ts[0])
+def _start(diffusion: Diffusion, noise: Tensor, ts: Tensor, given: _Given, settings: Sampling) -> Tensor:
+    """The latents at the first time: noise, given latents with noise added, or a part of both."""
+    start = None if given.start is None else given.start.to(noise)
+    if start is None:
+        return diffusion.start(noise, ts[0])
+    if settings.starts_within(ts):
+        return diffusion.add_noise(start, noise, ts[0])
+    x = diffusion.start(noise, ts[0])
+    if settings.start_share:
+        x = (1 - settings.start_share) * x + settings.start_share * start
+    if given.mask is not None:
+        x = torch.lerp(diffusion.add_noise(start, noise, ts[0]), x, given.mask.to(x))
+    return x
 
 
 def _denoise(
-    model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling, batch: int
+    model: VideoModel,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    settings: Sampling,
+    batch: int,
+    given: _Given,
 ) -> Denoise:
-    """The guided denoiser for the whole batch, run for some samples at a time."""
+    """The guided denoiser for the whole batch, run for some samples at a time; what is given stays as it is."""
     if settings.cfg != 1.0 and negative is None:
         raise SettingsError(
             "Guidance needs a negative prompt",
@@ -275,19 +383,24 @@ def _denoise(
     size = settings.samples_at_once or (1 if model.device.type == "cpu" else batch)
     groups = [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
     positive = positive.expand(batch)
-    negative = None if negative is None else negative.expand(batch)
+    held = positive.held
+    positive = replace(positive, held=None)
+    if negative is not None:
+        negative = replace(negative.expand(batch), held=None, concat=positive.concat)
     parts = [
         _guided(model, positive.take(group), None if negative is None else negative.take(group), settings)
         for group in groups
     ]
-    if len(parts) == 1:
-        return parts[0]
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         times = [t[group] if t.ndim and t.shape[0] == batch else t for group in groups]
         return torch.cat([part(x_t[group], at) for part, group, at in zip(parts, groups, times, strict=True)])
 
-    return denoise
+    whole = parts[0] if len(parts) == 1 else denoise
+    if given.mask is not None:
+        assert given.start is not None, "checked before"
+        whole = keep(whole, given.start.to(model.device), given.mask.to(model.device))
+    return whole if held is None else hold(whole, held)
 
 
 def _guided(model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling) -> Denoise:
@@ -353,11 +466,19 @@ def generate(
     shape: VideoShape | None = None,
     settings: Sampling | None = None,
     *,
+    keyframes: Sequence[Keyframe] = (),
+    method: str = "auto",
+    mode: str | None = None,
     host: Host | None = None,
 ) -> Tensor:
     """A video for each prompt (and ``num_videos`` of each).
 
     Sample i has the seed ``settings.seed + i``: a batch gives what the same seeds give one by one.
+
+    Args:
+        keyframes: pictures of the video's size that it goes on from.
+        method: how the network takes them, where the checkpoint does not say (see :func:`with_keyframes`).
+        mode: how closely motion keeps to them, a key of ``family.keyframes.modes``; None: the family's default.
 
     Returns:
         (B, 3, T, H, W) float32 in [-1, 1] on the CPU.
@@ -369,10 +490,17 @@ def generate(
     host = host or LocalHost()
     model = bundle.model
     prompts = check_prompts(prompt)
-    settings = (settings or Sampling()).resolved(model.defaults)
+    rules = model.family.keyframes
+    settings = settings or Sampling()
+    if keyframes:
+        chosen = image_mode(model, mode)
+        shift = chosen.shift if settings.shift is None else settings.shift
+        settings = replace(settings, shift=shift, start_share=chosen.start_share)
+    settings = settings.resolved(model.defaults)
     settings.check(model.diffusion)
     shape = shape or bundle.default_shape
     shape.check(bundle.codec.grid, patch=model.family.patch(model.config))
+    rules.check(image_method(model, method)(model.config), keyframes, shape.num_frames)
     prompts = [text for text in prompts for _ in range(settings.num_videos)]
     assert settings.negative_prompt is not None
     latent_shape = (len(prompts), *shape.latent_shape(bundle.codec.grid))
@@ -386,18 +514,31 @@ def generate(
         if settings.cfg != 1.0:
             texts = [settings.negative_prompt]
             negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image)
+        pictures = encode_keyframes(bundle.codec, keyframes, shape)
         host.progress("encode", 1, 1)
 
+    positive = with_keyframes(model, positive, pictures, latent_shape, method=method)
+    start = repeat_over_frames(pictures[0].latents, latent_shape) if pictures else None
     identity = {"prompt": prompts, "text encoders": bundle.text.fingerprint}
+    if start is not None:
+        identity["image"] = fingerprint(Conditioning(concat=start))
     run = _run_file(model, latent_shape, settings, identity)
     latents = _sample(
-        model, positive, negative, latent_shape, settings, host=host, start=None, preview=bundle.latent_rgb(), run=run
+        model,
+        positive,
+        negative,
+        latent_shape,
+        settings,
+        host=host,
+        given=_Given(start),
+        preview=bundle.latent_rgb(),
+        run=run,
     )
     with contextlib.nullcontext() if run is None else run.saved_on_failure():
         video = decode_latents(bundle.codec, latents, host=host, threads=threads)
     if run is not None:
         run.remove()
-    return video
+    return video[:, :, rules.hidden_frames(model.config) :]
 
 
 # --- around the steps -------------------------------------------------------------------------------------------------

@@ -122,6 +122,25 @@ def hold(denoise: Denoise, held: Held) -> Denoise:
     return held_denoise
 
 
+def keep(denoise: Denoise, source: Tensor, mask: Tensor) -> Denoise:
+    """Inpainting: where ``mask`` is 0 the clean latents are known to be ``source``, where it is 1 the network is asked,
+    between the two are mixed.
+
+    A sampler so told re-noises the known part by itself: at every step it stands at ``source`` plus the noise that was
+    put in, at the level of that step, and after the last one it is ``source`` to the bit.
+
+    Args:
+        source: (B, C, T, H, W) clean latents.
+        mask: broadcastable against them, in [0, 1].
+    """
+
+    def kept(x: Tensor, t: Tensor) -> Tensor:
+        x0 = denoise(x, t)
+        return torch.lerp(source.to(x0), x0, mask.to(x0))
+
+    return kept
+
+
 def _over_latents(t: Tensor, x: Tensor) -> Tensor:
     """0-dim, (B,) or per-frame ``t`` on the device of ``x``, in a shape that broadcasts against it. In float64 where
     there is one: a time in half precision would be another time."""

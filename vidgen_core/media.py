@@ -81,6 +81,27 @@ def frames_to_images(frames: np.ndarray) -> Tensor:
     return torch.tensor(frames, dtype=torch.float32).div_(255.0)
 
 
+def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
+    """A picture file, upright: (IMAGE (1, H, W, 3) in [0, 1], MASK (1, H, W), 1 where it is transparent).
+
+    Raises:
+        FileError: it cannot be read, is damaged, or is no picture.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32) / 255
+    # SyntaxError is what Pillow raises for some damaged PNGs.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileError(
+            "The image cannot be read", given=path, expected="a PNG, JPEG, WebP or BMP file", do=f"check it ({error})"
+        ) from error
+    rgba = torch.from_numpy(pixels)[None]
+    return rgba[..., :3].contiguous(), 1 - rgba[..., 3]
+
+
 def crop_to_grid(images: Tensor, grid: Grid, *, multiple_px: int) -> Tensor:
     """The middle of the frames with sides that are multiples of ``multiple_px``, without the last frames that the
     codec cannot take. What is cut off is logged; too small a video is a SettingsError."""

@@ -6,7 +6,7 @@ A schedule is ``(num_steps, diffusion, shift) -> (num_steps + 1,)`` in float64 o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -136,6 +136,45 @@ def schedule(
     total = max(num_steps, int(num_steps / denoise))
     ts = SCHEDULES[name](total, diffusion or flow_matching(), float(shift))
     return ts[-(num_steps + 1) :]
+
+
+def to_sigmas(ts: Tensor, diffusion: Diffusion) -> Tensor:
+    """Times as ComfyUI's SIGMAS: (num_steps + 1,) float32 noise levels, descending to 0; t in flow matching."""
+    return diffusion.level(ts).clamp(max=diffusion.levels[1]).float()
+
+
+def from_sigmas(sigmas: Sequence[float] | Tensor, diffusion: Diffusion) -> Tensor:
+    """ComfyUI's SIGMAS as times.
+
+    Returns:
+        (num_steps + 1,) float64 on the CPU, strictly descending, the last one 0.
+
+    Raises:
+        SettingsError: not a descending list of two numbers or more that ends in 0, or one that begins above the level
+            of pure noise.
+    """
+    levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    top = diffusion.levels[1]
+    ends_clean = levels.ndim == 1 and 2 <= len(levels) <= MAX_STEPS + 1 and levels[-1] == 0
+    if not ends_clean or not bool(levels.isfinite().all()) or not bool((levels.diff() < 0).all()):
+        listed = levels.flatten().tolist()
+        given = ", ".join(f"{value:.4g}" for value in listed[:8]) + (", ..." if len(listed) > 8 else "")
+        raise SettingsError(
+            "The sigmas cannot be used",
+            given=given or "an empty list",
+            expected="two numbers or more, each below the one before, the last one 0",
+            do="make them with Sigmas (VidGen)",
+        )
+    if levels[0] > top * (1 + 1e-6):
+        raise SettingsError(
+            "The sigmas begin above this network's noise",
+            given=f"{float(levels[0]):.4g}",
+            expected=f"at most {top:.4g}",
+            do="make them with Sigmas (VidGen) for this model; those of another kind of model do not fit",
+        )
+    # Pure noise may have no finite level of its own (zero terminal SNR); the last one stands for it.
+    ts = diffusion.time_at(levels[:-1]).clamp(max=1).masked_fill(levels[:-1] >= top * (1 - 1e-6), 1.0)
+    return torch.cat([ts, levels[-1:]])
 
 
 def _check_steps(num_steps: int) -> None:

@@ -64,27 +64,39 @@ class VideoShape:
             self.width_px // grid.spatial,
         )
 
+    def nearest(self, grid: Grid, *, patch: tuple[int, int, int] = (1, 1, 1)) -> VideoShape:
+        """The nearest size that the codec and network can make."""
+        rows, columns = grid.spatial * patch[1], grid.spatial * patch[2]
+        offset = 1 if grid.causal else 0
+        num_frames = max(0, round((self.num_frames - offset) / grid.temporal)) * grid.temporal + offset
+        return VideoShape(
+            num_frames=max(1, num_frames),
+            height_px=max(rows, round(self.height_px / rows) * rows),
+            width_px=max(columns, round(self.width_px / columns) * columns),
+        )
+
     def check(self, grid: Grid, *, patch: tuple[int, int, int] = (1, 1, 1)) -> None:
         """Raise :class:`SettingsError` unless this is a size the codec and network can make."""
-        step = grid.spatial * patch[1], grid.spatial * patch[2]
-        for name, value, multiple in (("height", self.height_px, step[0]), ("width", self.width_px, step[1])):
+        step, nearest = (grid.spatial * patch[1], grid.spatial * patch[2]), self.nearest(grid, patch=patch)
+        for name, value, multiple, near in (
+            ("height", self.height_px, step[0], nearest.height_px),
+            ("width", self.width_px, step[1], nearest.width_px),
+        ):
             if value <= 0 or value % multiple:
-                nearest = max(multiple, round(value / multiple) * multiple)
                 raise SettingsError(
                     f"The {name} of the video cannot be used",
                     given=f"{value} px",
                     expected=f"a positive multiple of {multiple} px",
-                    do=f"use {nearest} px",
+                    do=f"use {near} px",
                 )
         offset = 1 if grid.causal else 0
         if self.num_frames < 1 or (self.num_frames - offset) % grid.temporal:
-            nearest = max(0, round((self.num_frames - offset) / grid.temporal)) * grid.temporal + offset
             rule = f"{grid.temporal} n + {offset} frames" if grid.temporal > 1 else "at least 1 frame"
             raise SettingsError(
                 "The number of frames cannot be used",
                 given=f"{self.num_frames} frames",
                 expected=f"{rule} (1, 5, 9, 13, 17, ...)" if (grid.temporal, offset) == (4, 1) else rule,
-                do=f"use {max(1, nearest)} frames",
+                do=f"use {nearest.num_frames} frames",
             )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..codec import Codec
     from ..diffusion import Diffusion
+    from ..keyframes import Keyframe, LatentKeyframe
     from ..text.tokenizer_files import TokenizerPlaces
     from ..types import Conditioning, Grid, VideoShape
     from ..weights.header import Header
@@ -88,6 +89,35 @@ class TextAssembly:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageMode:
+    """How closely the motion keeps to a given first frame, as a name in a list that the user may choose from."""
+
+    start_share: float = 0.0
+    """of the noise that a run starts from, how much is the picture"""
+    shift: float | None = None
+    """of the schedule, where the user says nothing; None: the checkpoint's"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyframeRules:
+    """How a family takes given pictures."""
+
+    check: Callable[[Config, Sequence[Keyframe | LatentKeyframe], int], None]
+    """(network config, keyframes, frames of the video): SettingsError for what this network cannot take"""
+    condition: Callable[[Config, Conditioning, Sequence[LatentKeyframe], Sequence[int]], Conditioning]
+    """(network config, conditioning, keyframes, (B, C, T, H, W)) -> the conditioning with these pictures"""
+    check_conditioning: Callable[[Config, Conditioning, Sequence[int]], None]
+    """(network config, conditioning, (B, C, T, H, W)): SettingsError where a picture that the network needs is missing,
+    or was prepared for a video of another size"""
+    methods: Mapping[str, Callable[[Config], Config]]
+    """"auto" and ways that the user may name where a file does not say them: config -> config that says so"""
+    modes: Mapping[str, ImageMode]
+    """the first one is the default"""
+    hidden_frames: Callable[[Config], int]
+    """frames at the start of a decoded video that are not meant to be seen"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Everything the rest of the core needs to know about a family."""
 
@@ -104,6 +134,10 @@ class Family:
     """(network config, scaled noisy latents, clock, conditioning) -> arguments of the network's forward"""
     condition: Callable[[Config, Any, float | None], Conditioning]
     """(network config, text features, embedded guidance) -> conditioning"""
+    native_features: Callable[[Config, Tensor, Tensor | None, Tensor | None], Any]
+    """(network config, (B, L, D) tokens, (B, L) mask, (B, P) pooled) of ComfyUI's CONDITIONING -> text features;
+    SettingsError where they do not fit the network"""
+    keyframes: KeyframeRules
     patch: Callable[[Config], tuple[int, int, int]]
     """latent frames, rows, columns per token"""
     grid: Callable[[Config], Grid]

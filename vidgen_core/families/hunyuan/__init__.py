@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ...codec import Codec
 from ...diffusion import Diffusion, flow_matching
+from ...errors import SettingsError
 from ...nn.attention import trim_padding
 from ...text.features import TextFeatures
 from ...types import Conditioning, Grid, VideoShape
 from .. import Family, Part, TextAssembly
 from .codec import HunyuanCodec
 from .config import DEFAULTS, ClipDims, CodecConfig, LlamaDims, NetworkConfig, TextConfig, VisionDims
+from .keyframes import RULES
 from .keys import LAYOUTS, VAE_LAYOUTS
 from .network import HunyuanVideoTransformer
 from .recognise import codec_config, network_config, network_told
@@ -83,6 +85,26 @@ def _condition(config: NetworkConfig, features: TextFeatures, guidance: float | 
     return Conditioning(context=context, context_mask=mask, pooled=features.pooled, scalars=scalars)
 
 
+def _native_features(config: NetworkConfig, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None) -> TextFeatures:
+    widths = tokens.shape[-1], None if pooled is None else pooled.shape[-1]
+    if tokens.ndim != 3 or widths != (config.text_width, config.pooled_width):
+        raise SettingsError(
+            "This conditioning does not belong to the network",
+            given=f"tokens {tuple(tokens.shape)}, " + ("no pooled vector" if pooled is None else f"pooled {widths[1]}"),
+            expected=f"tokens {config.text_width} wide and a pooled vector of {config.pooled_width}",
+            do="encode with DualCLIPLoader set to hunyuan_video (llava_llama3 and clip_l)",
+        )
+    assert pooled is not None
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    if mask.shape != tokens.shape[:2] or len(pooled) != len(tokens):
+        raise SettingsError(
+            "The parts of this conditioning do not fit together",
+            given=f"tokens {tuple(tokens.shape)}, mask {tuple(mask.shape)}, pooled {tuple(pooled.shape)}",
+            expected="as many samples and tokens in each",
+        )
+    return TextFeatures(context=tokens.float(), context_mask=mask.to(tokens.device), pooled=pooled.float())
+
+
 def _grid(config: CodecConfig) -> Grid:
     return Grid(
         channels=config.latent_channels, spatial=config.spatial_compression, temporal=config.temporal_compression
@@ -136,6 +158,8 @@ FAMILY = Family(
     codec=_codec,
     network_inputs=_network_inputs,
     condition=_condition,
+    native_features=_native_features,
+    keyframes=RULES,
     patch=lambda config: config.patch,
     grid=_grid,
     latent_channels=lambda config: config.out_channels,

@@ -36,6 +36,9 @@ class NetworkConfig:
     guidance_embed: bool = True
     """the network is told the guidance scale (guidance-distilled checkpoints)"""
     image_condition: Literal["none", "token_replace", "latent_concat"] = "none"
+    """how the network must be told of a first frame; "none": it makes videos from text alone"""
+    accepts_first_frame: bool = False
+    """a network of "none" that was also trained with its first latent frame given and at time 0"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

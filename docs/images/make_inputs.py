@@ -1,0 +1,39 @@
+"""Draw what the shipped workflows read, ``workflows/inputs``: ``python docs/images/make_inputs.py``.
+
+A first frame, a short video and a mask, all from the world of shapes that the bundled model knows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vidgen.training.data import shapes
+from vidgen.vidgen_core.media import write_video
+
+INPUTS = Path(__file__).resolve().parents[2] / "workflows" / "inputs"
+COMMON = {"size": "medium", "camera": "static", "count": "one", "pattern": shapes.ATTRIBUTES["pattern"][0]}
+STAR = {"shape": "star", "colour": "red", "motion": "right", "background": "blue"}
+CIRCLE = {"shape": "circle", "colour": "green", "motion": "left", "background": "grey"}
+
+
+def frames(seed: int, wanted: dict[str, str]) -> np.ndarray:
+    """(17, 64, 64, 3) uint8."""
+    scene = shapes.compose_scene(np.random.default_rng(seed), **COMMON, **wanted)
+    return np.ascontiguousarray(shapes.render(scene).transpose(1, 2, 3, 0))
+
+
+def main() -> None:
+    INPUTS.mkdir(exist_ok=True)
+    Image.fromarray(frames(1, STAR)[0]).save(INPUTS / "vidgen-first-frame.png", optimize=True)
+    write_video(INPUTS / "vidgen-circle.mp4", frames(2, CIRCLE), fps=shapes.FPS)
+    alpha = np.full((shapes.SIZE_PX, shapes.SIZE_PX, 4), 128, dtype=np.uint8)
+    alpha[..., 3] = 255
+    alpha[: shapes.SIZE_PX // 2, :, 3] = 0  # transparent is what is made new: the upper half
+    Image.fromarray(alpha).save(INPUTS / "vidgen-mask.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
