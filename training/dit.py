@@ -135,7 +135,7 @@ class DitObjective(Objective):
         self.network = HunyuanVideoTransformer(recipe.model)
         self.network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
         if recipe.init is not None:
-            start_from(recipe.init, "network", self.network, recipe.model)
+            start_from(recipe.init, "network", self.network, recipe.model, ignore=("accepts_first_frame",))
         self.model = VideoModel.of("hunyuan", recipe.model, self.network, defaults=recipe.defaults)
         self._check()
         if recipe.compile:
@@ -298,7 +298,7 @@ class DitObjective(Objective):
         export_network(
             path,
             self.network,
-            self.recipe.model,
+            replace(self.recipe.model, accepts_first_frame=self.recipe.mix.held_share > 0),
             self.recipe.defaults,
             preview=fit_preview(self.frozen.codec),
             dtype=torch.float16,
