@@ -559,6 +559,7 @@ def test_weights_that_are_not_numbers(
         assert_says(refusal(path), repr(name), "not finite", str(path), "another copy")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the library packs what is infinite all the same
 def test_scales_and_packed_weights_that_are_not_numbers(
     published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
