@@ -198,9 +198,7 @@ def test_nothing_is_written_outside_of_the_output_folder(
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "name", ["", "..", "../a.safetensors", "m/../../a.safetensors", "/a.safetensors", "none"]
-)
+@pytest.mark.parametrize("name", ["", "..", "../a.safetensors", "m/../../a.safetensors", "/a.safetensors", "none"])
 def test_nothing_is_read_outside_of_the_folders(name: str, here: Any, tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
     save_embeddings(tmp_path / "a.safetensors", small())
