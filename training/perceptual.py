@@ -3,7 +3,7 @@
 Like LPIPS (Zhang et al. 2018, arXiv 1801.03924) without its learned weights: the features after five of the
 rectifiers are brought to length 1 at every pixel, and the squared distance is averaged over pixels.
 
-The network comes from a safetensors file with the names of torchvision's VGG16: ``features.0.weight``, ...
+The network comes from a file with the names of torchvision's VGG16: ``features.0.weight``, ...
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class PerceptualDistance(nn.Module):
     """Distance of two videos frame by frame; frozen.
 
     Args:
-        path: a safetensors file; what it holds besides ``features.N.weight`` and ``features.N.bias`` is ignored.
+        path: a checkpoint file; what it holds besides ``features.N.weight`` and ``features.N.bias`` is ignored.
 
     Raises:
         FileError: the file is not there or cannot be read.
-        CheckpointError: it is no safetensors file, or lacks a layer, or one has a shape that cannot be.
+        CheckpointError: it is no checkpoint, or lacks a layer, or one has a shape that cannot be.
     """
 
     def __init__(self, path: str | Path) -> None:
