@@ -14,6 +14,7 @@ from vidgen.training.data import detect, shapes
 from vidgen.vidgen_core.bundle import Bundle, load_bundle
 from vidgen.vidgen_core.generate import Sampling, generate
 from vidgen.vidgen_core.memory.host import bundled_models
+from vidgen.vidgen_core.tiling import Tiling, tiled
 
 PARITY = 2e-6
 """float32 rounding of two orders of the same sums"""
@@ -48,6 +49,23 @@ def test_vae_equals_diffusers(bundle: Bundle, vae_twin) -> None:
         mean, _ = bundle.codec.vae.encode(video)
         assert relative(mean, twin.encode(video).latent_dist.mean) <= PARITY
         assert relative(bundle.codec.vae.decode(mean), twin.decode(mean).sample) <= PARITY
+
+
+def test_tiled_vae_equals_diffusers(bundle: Bundle, vae_twin) -> None:
+    """The published tiling, at a third of its size and length, in float32 and with weights that were trained."""
+    tiling = Tiling(tile_px=64, stride_px=48, tile_frames=16, stride_frames=12)
+    twin = vae_twin(bundle.codec.vae)
+    twin.use_framewise_encoding = twin.use_framewise_decoding = True
+    twin.enable_tiling(64, 64, 16, 48, 48, 12)
+    scene = scene_and_caption("seen", 77, 1)[0]
+    clip = shapes.render(scene, num_frames=25, height_px=64, width_px=96, interval=0.6)
+    video = torch.from_numpy(clip).float()[None] / 127.5 - 1
+    codec = tiled(bundle.codec, tiling)
+    scale = bundle.codec.config.scaling_factor
+    with torch.no_grad():
+        mean = twin.encode(video).latent_dist.mean
+        assert relative(codec.encode(video), mean * scale) <= PARITY
+        assert relative(codec.decode(mean * scale), twin.decode(mean).sample) <= PARITY
 
 
 def test_network_equals_diffusers(bundle: Bundle, network_twin) -> None:
