@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -160,12 +160,7 @@ def measure(path: Path) -> dict[str, Any]:
     seconds["forward"] = time.perf_counter() - started
     patch = model.config.patch
     return {
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_rss_bytes": peak_bytes(),
-        "peak_rss_after_load_bytes": peak_after_load,
-        "peak_rss_gib": round(peak_bytes() / GIB, 3),
-        "bar_gib": BAR_BYTES / GIB,
-        "within_bar": peak_bytes() <= BAR_BYTES,
+        **cost(seconds, peak_after_load, BAR_BYTES),
         "video_tokens": flow[0, 0].numel() // (patch[0] * patch[1] * patch[2]),
         "text_tokens": NUM_TEXT_TOKENS,
         "output": {
@@ -179,9 +174,22 @@ def measure(path: Path) -> dict[str, Any]:
     }
 
 
-def measure_fresh(path: Path) -> dict[str, Any]:
-    """:func:`measure` in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--once", str(path)]
+def cost(seconds: Mapping[str, float], peak_after_load: int, bar_bytes: int) -> dict[str, Any]:
+    """Seconds and peak memory of this process, and whether it stayed under the bar."""
+    peak = peak_bytes()
+    return {
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_rss_bytes": peak,
+        "peak_rss_after_load_bytes": peak_after_load,
+        "peak_rss_gib": round(peak / GIB, 3),
+        "bar_gib": bar_bytes / GIB,
+        "within_bar": peak <= bar_bytes,
+    }
+
+
+def measure_fresh(path: Path, module: str) -> dict[str, Any]:
+    """``measure(path)`` of a benchmark's module in a process of its own."""
+    command = [sys.executable, "-m", module, "--once", str(path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -209,7 +217,7 @@ def run(config: NetworkConfig, folder: Path | None) -> dict[str, Any]:
         started = time.perf_counter()
         num_bytes = write_checkpoint(path, config)
         report["checkpoint"] = {"bytes": num_bytes, "write_s": round(time.perf_counter() - started, 2)}
-        return report | measure_fresh(path)
+        return report | measure_fresh(path, __spec__.name)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -233,14 +241,18 @@ def main(argv: list[str] | None = None) -> None:
 
     depth = {"num_double_blocks": arguments.double, "num_single_blocks": arguments.single}
     config = replace(T2V_720P, **{name: number for name, number in depth.items() if number is not None})
+    tell(lambda: run(config, arguments.folder), arguments.json)
+
+
+def tell(measured: Callable[[], dict[str, Any]], file: Path | None) -> None:
+    """Print a report, and write it to a file where one is named; a UserError ends the program with its words."""
     try:
-        report = run(config, arguments.folder)
+        text = json.dumps(measured(), indent=1)
     except UserError as error:
         raise SystemExit(str(error)) from error
-    text = json.dumps(report, indent=1)
     print(text)
-    if arguments.json is not None:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if file is not None:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

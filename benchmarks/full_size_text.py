@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..vidgen_core.errors import UserError
 from ..vidgen_core.families.hunyuan.config import (
     I2V_VIDEO_TEMPLATE,
     IMAGE_TEMPLATE,
@@ -28,7 +25,7 @@ from ..vidgen_core.families.hunyuan.config import (
     ClipDims,
     LlamaDims,
 )
-from .full_size import GIB, Entry, commit, write_random
+from .full_size import GIB, Entry, commit, cost, measure_fresh, tell, write_random
 from .render import machine, peak_bytes
 
 BAR_BYTES = 4 * GIB
@@ -166,12 +163,7 @@ def measure(folder: Path) -> dict[str, Any]:
     seconds["encode"] = time.perf_counter() - started
     real = features.context[features.context_mask]
     return {
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_rss_bytes": peak_bytes(),
-        "peak_rss_after_load_bytes": peak_after_load,
-        "peak_rss_gib": round(peak_bytes() / GIB, 3),
-        "bar_gib": BAR_BYTES / GIB,
-        "within_bar": peak_bytes() <= BAR_BYTES,
+        **cost(seconds, peak_after_load, BAR_BYTES),
         "layers": stack.config.llama.num_layers - stack.config.llama.skip_layers,
         "tokens": num_tokens,
         "tokenizers": "stubs: one id per word of the template and the prompt, not the real vocabularies",
@@ -187,15 +179,6 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_fresh(folder: Path) -> dict[str, Any]:
-    """:func:`measure` in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--once", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run(folder: Path | None) -> dict[str, Any]:
     """Write, load, encode, delete; the whole report."""
     report: dict[str, Any] = {
@@ -207,7 +190,7 @@ def run(folder: Path | None) -> dict[str, Any]:
         started = time.perf_counter()
         num_bytes = write_encoders(Path(place), LlamaDims(), ClipDims())
         report["checkpoint"] = {"bytes": num_bytes, "write_s": round(time.perf_counter() - started, 2)}
-        return report | measure_fresh(Path(place))
+        return report | measure_fresh(Path(place), __spec__.name)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,14 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.once is not None:
         print(json.dumps(measure(arguments.once)))
         return
-    try:
-        report = run(arguments.folder)
-    except UserError as error:
-        raise SystemExit(str(error)) from error
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.json is not None:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    tell(lambda: run(arguments.folder), arguments.json)
 
 
 if __name__ == "__main__":
