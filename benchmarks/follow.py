@@ -20,7 +20,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -174,6 +174,24 @@ def _true_features(job: tuple[str, int, tuple[int, ...]]) -> list[np.ndarray]:
 # the whole
 
 
+def chunks_of(num: int) -> list[tuple[int, ...]]:
+    """The numbers of the scenes of each job."""
+    return [tuple(range(first, min(num, first + CHUNK))) for first in range(0, num, CHUNK)]
+
+
+def judged_rows(
+    pool: ProcessPoolExecutor, job: Callable[[Any], list[dict[str, Any]]], tasks: Sequence[Task], num: int
+) -> list[dict[str, Any]]:
+    """What ``job`` says of every scene, in order, with a count on the terminal meanwhile."""
+    rows: list[dict[str, Any]] = []
+    for part in pool.map(job, tasks):
+        rows += part
+        sys.stderr.write(f"\r{len(rows)} of {num} rendered ")
+        sys.stderr.flush()
+    sys.stderr.write("\n")
+    return rows
+
+
 def follow(
     *,
     num: int,
@@ -185,21 +203,16 @@ def follow(
 ) -> dict[str, Any]:
     """Accuracies, ceilings, distances and times; see the module's text."""
     started = time.perf_counter()
-    chunks = [tuple(range(i, min(num, i + CHUNK))) for i in range(0, num, CHUNK)]
+    chunks = chunks_of(num)
     settings = tuple(sorted((sampling or {}).items()))
     tasks = [Task(model=model, split=split, seed=seed, indices=chunk, sampling=settings) for chunk in chunks]
     others = [(split, seed + 1_000_000, chunk) for chunk in chunks]
-    rows: list[dict[str, Any]] = []
     other: list[np.ndarray] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for part in pool.map(run_task, tasks):
-            rows += part
-            sys.stderr.write(f"\r{len(rows)} of {num} rendered ")
-            sys.stderr.flush()
+        rows = judged_rows(pool, run_task, tasks, num)
         for part in pool.map(_true_features, others):
             other += part
-    sys.stderr.write("\n")
     result = _summary(rows, np.asarray(other))
     result |= {
         "n": num, "seed": seed, "split": split, "model": model or "bundled", "sampling": sampling or {},

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..training.data import detect
-from .follow import CHUNK, Task, bundle_of, psnr_db, round_trip, scene_and_caption, true_clip, wilson
+from .follow import Task, bundle_of, chunks_of, judged_rows, psnr_db, round_trip, scene_and_caption, true_clip, wilson
 
 BAR_PSNR_DB = 30.0
 """mean PSNR of the first frame that a checkpoint must reach"""
@@ -102,20 +102,15 @@ def follow_i2v(
             model=model,
             split=split,
             seed=seed,
-            indices=tuple(range(first, min(num, first + CHUNK))),
+            indices=chunk,
             sampling=settings,
             method=method,
             mode=mode,
         )
-        for first in range(0, num, CHUNK)
+        for chunk in chunks_of(num)
     ]
-    rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for part in pool.map(run_task, tasks):
-            rows += part
-            sys.stderr.write(f"\r{len(rows)} of {num} rendered ")
-            sys.stderr.flush()
-    sys.stderr.write("\n")
+        rows = judged_rows(pool, run_task, tasks, num)
     result = summary(rows)
     result |= {
         "n": num, "seed": seed, "split": split, "model": model or "bundled", "method": method, "mode": mode,
