@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,6 @@ class Progress:
     step: int = 0
     elapsed_s: float = 0.0
     bad_steps: int = 0
-    clips: int = 0
-    history: dict[str, float] = field(default_factory=dict)
 
 
 class Loop:
