@@ -106,8 +106,8 @@ def _add_generate(commands: Any) -> None:
 def _add_render(commands: Any) -> None:
     parser = commands.add_parser(
         "render",
-        help="run a workflow in API format",
-        description="Run a workflow: a .json in ComfyUI's API format, or a video that carries one.",
+        help="run a workflow",
+        description="Run a workflow: a .json as ComfyUI's editor saves or exports it, or a video that carries one.",
     )
     parser.add_argument("file", type=Path)
     parser.add_argument(
@@ -146,7 +146,7 @@ def _render(arguments: argparse.Namespace) -> int:
     from .render import load_prompt, override
 
     def prompt_of(arguments: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:
-        return override(load_prompt(arguments.file), classes, arguments.set)
+        return override(load_prompt(arguments.file, classes), classes, arguments.set)
 
     return _rendering(arguments, prompt_of)
 

@@ -17,30 +17,32 @@ from .executor import Event, NodeError, Prompt, as_link, check, check_shape, des
 from .graph import to_ui
 from .progress import ProgressBar
 from .stop import Stop
+from .ui import is_ui, to_prompt
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 MEDIA = frozenset({".mp4", ".m4v", ".mov"})
 
 
-def load_prompt(path: Path) -> dict[str, dict[str, Any]]:
-    """An API-format prompt from a .json file, or from a video that carries one.
+def load_prompt(path: Path, classes: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """The API-format prompt of a .json file in API or UI format, or of a video that carries one.
 
     Raises:
         FileError: missing, unreadable, or not JSON.
-        PromptError: JSON, but not a workflow in API format.
+        PromptError: JSON, but not a workflow, or one in UI format with nodes that are not in ``classes``.
         SettingsError: a video without a workflow.
     """
     if path.suffix.lower() in MEDIA:
         from ..vidgen_core.media import read_metadata
 
-        text = read_metadata(path).get("prompt")
+        metadata = read_metadata(path)
+        text = metadata.get("prompt") or metadata.get("workflow")
         if text is None:
             raise SettingsError("This video carries no workflow", given=path, expected="a video saved by Save Video")
     else:
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise FileError("The workflow is not a text file", given=path, expected="JSON in API format") from error
+            raise FileError("The workflow is not a text file", given=path, expected="a workflow as JSON") from error
         except OSError as error:
             raise FileError(
                 f"The workflow cannot be read ({error.strerror})", given=path, do="check the path"
@@ -49,13 +51,15 @@ def load_prompt(path: Path) -> dict[str, dict[str, Any]]:
         prompt = json.loads(text)
     except json.JSONDecodeError as error:
         raise FileError(f"The workflow is not valid JSON ({error})", given=path, do="export it again") from error
+    if is_ui(prompt):
+        return to_prompt(prompt, classes)
     check_shape(prompt)
     return prompt
 
 
 def shipped(name: str) -> dict[str, dict[str, Any]]:
     """The API-format prompt ``workflows/api/NAME.json`` of the package."""
-    return load_prompt(WORKFLOWS / "api" / f"{name}.json")
+    return load_prompt(WORKFLOWS / "api" / f"{name}.json", {})
 
 
 def node_of(prompt: Prompt, class_type: str, title: str | None = None) -> str:

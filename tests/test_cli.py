@@ -230,7 +230,7 @@ def test_a_set_that_cannot_be(setting: str, words: str) -> None:
 
 def test_load_prompt_reads_json_and_videos(tmp_path: Path, tiny_bundle_dir: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(shipped("hunyuan_t2v")))
-    assert load_prompt(tmp_path / "a.json") == shipped("hunyuan_t2v")
+    assert load_prompt(tmp_path / "a.json", {}) == shipped("hunyuan_t2v")
 
 
 # --- inspect, doctor, train -------------------------------------------------------------------------------------------
