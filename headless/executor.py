@@ -8,10 +8,15 @@ knows a node of ours: the classes come in as a mapping, and everything is V1-sha
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import inspect
+import json
+import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -37,17 +42,31 @@ class Problem:
     details: str = ""
     input_name: str | None = None
     received: object = None
+    config: object = None
+    """the input's declaration"""
 
     def to_json(self) -> dict[str, Any]:
-        extra = {} if self.input_name is None else {"input_name": self.input_name, "received_value": self.received}
+        extra: dict[str, Any] = {}
+        if self.input_name is not None:
+            extra = {"input_name": self.input_name, "input_config": self.config, "received_value": self.received}
         return {"type": self.kind, "message": self.message, "details": self.details, "extra_info": extra}
 
 
 class PromptError(UserError):
-    """The prompt cannot run. ``problems`` lists what is wrong by node id; it is empty when there is no graph at all."""
+    """The prompt cannot run. ``problems`` lists what is wrong by node id; it is empty when there is no graph at all.
+    ``dependents`` are the output nodes that need each of these nodes."""
 
-    def __init__(self, prompt: Prompt, problems: Mapping[str, list[Problem]], *, kind: str, what: str) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        problems: Mapping[str, list[Problem]],
+        *,
+        kind: str,
+        what: str,
+        dependents: Mapping[str, list[str]] | None = None,
+    ) -> None:
         self.kind, self.problems = kind, dict(problems)
+        self.node_errors = node_errors(prompt, problems, dependents or {})
         lines = [what.rstrip(".") + "."]
         for node_id, found in problems.items():
             for problem in found:
@@ -58,9 +77,23 @@ class PromptError(UserError):
 
     def to_json(self) -> dict[str, Any]:
         """The body of ComfyUI's answer 400 to ``POST /prompt``."""
-        node_errors = {node: {"errors": [p.to_json() for p in found]} for node, found in self.problems.items()}
-        error = {"type": self.kind, "message": self.what, "details": "", "extra_info": {}}
-        return {"error": error, "node_errors": node_errors}
+        details = self.args[0].partition("\n")[2].strip()
+        error = {"type": self.kind, "message": self.what, "details": details, "extra_info": {}}
+        return {"error": error, "node_errors": self.node_errors}
+
+
+def node_errors(
+    prompt: Prompt, problems: Mapping[str, list[Problem]], dependents: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """ComfyUI's table of what is wrong with which node."""
+    return {
+        node_id: {
+            "errors": [problem.to_json() for problem in found],
+            "dependent_outputs": list(dependents.get(node_id, ())),
+            "class_type": prompt.get(node_id, {}).get("class_type"),
+        }
+        for node_id, found in problems.items()
+    }
 
 
 class NodeError(Exception):
@@ -74,12 +107,48 @@ class NodeError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """What happens during a run, told to ``on_event`` before (``executing``) and after (``executed``) each node."""
+    """What happens during a run, told to ``on_event``: once the nodes whose results are known from an earlier run
+    (``cached``, only with a cache), then before (``executing``) and after (``executed``) each node."""
 
-    kind: Literal["executing", "executed"]
-    node_id: str
+    kind: Literal["cached", "executing", "executed"]
+    node_id: str = ""
     ui: Mapping[str, Any] = field(default_factory=dict)
     """what an ``executed`` output node shows, e.g. ``{"images": [...]}``"""
+    nodes: tuple[str, ...] = ()
+    """of ``cached``"""
+    is_cached: bool = False
+    """this ``executed`` node did not run again"""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a node returned: the list of values of each output (one value, unless it makes lists), and its ``ui``."""
+
+    outputs: tuple[list[Any], ...]
+    ui: Mapping[str, Any]
+
+
+class Cache:
+    """What the nodes of the last run returned, by a digest of everything that went into them."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, Returned] = {}
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def get(self, digest: str) -> Returned | None:
+        return self._results.get(digest)
+
+    def put(self, digest: str, returned: Returned) -> None:
+        self._results[digest] = returned
+
+    def keep(self, digests: Collection[str]) -> None:
+        """Forget everything else."""
+        self._results = {digest: self._results[digest] for digest in digests if digest in self._results}
+
+    def clear(self) -> None:
+        self._results.clear()
 
 
 def describe(prompt: Prompt, node_id: str) -> str:
@@ -114,11 +183,39 @@ def check_shape(prompt: object) -> None:
         raise PromptError({}, {}, kind="invalid_prompt", what="This is not a workflow in API format")
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The output nodes that can run, and what is wrong with the nodes that the others need."""
+
+    outputs: list[str]
+    problems: dict[str, list[Problem]]
+    dependents: dict[str, list[str]]
+    """node with a problem -> the output nodes that need it"""
+
+
 def check(prompt: Prompt, classes: Classes) -> list[str]:
     """Ids of the output nodes, after checking every node they need.
 
     Raises:
         PromptError: unknown node, missing input, wrong type or value, a cycle, or no output node.
+    """
+    checked = examine(prompt, classes)
+    if checked.problems:
+        raise failed(prompt, checked)
+    return checked.outputs
+
+
+def failed(prompt: Prompt, checked: Checked) -> PromptError:
+    """The error for a prompt of which nothing should run."""
+    kind, what = "prompt_outputs_failed_validation", "The workflow cannot run"
+    return PromptError(prompt, checked.problems, kind=kind, what=what, dependents=checked.dependents)
+
+
+def examine(prompt: Prompt, classes: Classes, targets: Collection[str] | None = None) -> Checked:
+    """Check every node that the output nodes need, or those of them that are in ``targets``.
+
+    Raises:
+        PromptError: unknown node, a cycle, or no output node.
     """
     check_shape(prompt)
     unknown = {
@@ -129,6 +226,8 @@ def check(prompt: Prompt, classes: Classes) -> list[str]:
     if unknown:
         raise PromptError(prompt, unknown, kind="invalid_prompt", what="The workflow has nodes that are not known here")
     outputs = [n for n, node in prompt.items() if getattr(classes[node["class_type"]], "OUTPUT_NODE", False)]
+    if targets is not None:
+        outputs = [node_id for node_id in outputs if node_id in targets]
     if not outputs:
         what = "The workflow has no output node, such as Save Video"
         raise PromptError(prompt, {}, kind="prompt_no_outputs", what=what)
@@ -137,9 +236,11 @@ def check(prompt: Prompt, classes: Classes) -> list[str]:
         found = list(_node_problems(prompt, classes, node_id))
         if found:
             problems[node_id] = found
-    if problems:
-        raise PromptError(prompt, problems, kind="prompt_outputs_failed_validation", what="The workflow cannot run")
-    return outputs
+    if not problems:
+        return Checked(outputs, {}, {})
+    needs = {output: set(order(prompt, [output])) for output in outputs}
+    dependents = {node_id: [output for output in outputs if node_id in needs[output]] for node_id in problems}
+    return Checked([output for output in outputs if not needs[output] & problems.keys()], problems, dependents)
 
 
 def order(prompt: Prompt, outputs: list[str]) -> list[str]:
@@ -178,20 +279,22 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
     for name, kind, options, required in input_specs(cls):
         if name not in inputs:
             if required:
-                yield Problem(kind="required_input_missing", message="the input is missing", input_name=name)
+                missing = Problem(kind="required_input_missing", message="the input is missing", input_name=name)
+                yield from _with_config([missing], kind, options)
             continue
         value = inputs[name]
         if link := as_link(value):
-            yield from _link_problems(prompt, classes, name, kind, link)
+            yield from _with_config(_link_problems(prompt, classes, name, kind, link), kind, options)
             continue
         try:
             plain[name] = coerce(kind, value)
         except (TypeError, ValueError):
-            yield _problem("invalid_input_type", f"the value cannot be read as {kind}", name, value)
+            wrong = _problem("invalid_input_type", f"the value cannot be read as {kind}", name, value)
+            yield from _with_config([wrong], kind, options)
             continue
         # As in ComfyUI, a value that the class checks itself is not checked here.
         if name not in own_checks:
-            yield from _value_problems(name, kind, options, plain[name])
+            yield from _with_config(_value_problems(name, kind, options, plain[name]), kind, options)
     # What comes through a link is not known yet.
     if validate and all(
         name in plain or parameter.default is not parameter.empty for name, parameter in own_checks.items()
@@ -199,6 +302,11 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
         verdict = validate(**{name: value for name, value in plain.items() if name in own_checks})
         if verdict is not True:
             yield Problem(kind="custom_validation_failed", message=str(verdict))
+
+
+def _with_config(problems: Iterable[Problem], kind: Any, options: Mapping[str, Any]) -> Iterator[Problem]:
+    for problem in problems:
+        yield replace(problem, config=[kind, dict(options)])
 
 
 def _problem(kind: str, message: str, name: str, value: object) -> Problem:
@@ -270,12 +378,17 @@ def execute(
     prompt: Prompt,
     classes: Classes,
     *,
+    outputs: list[str] | None = None,
+    cache: Cache | None = None,
     extra_pnginfo: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> dict[str, Mapping[str, Any]]:
-    """Check ``prompt`` and run its output nodes.
+    """Run the output nodes of ``prompt`` and what they need.
 
     Args:
+        outputs: that were checked already (see :func:`examine`); None checks the prompt and runs all of them.
+        cache: of an earlier run; nodes whose inputs are the same do not run again. It then holds this run's results,
+            also when the run fails. Without one, a result goes as soon as its last reader has run.
         extra_pnginfo: goes to nodes with a hidden EXTRA_PNGINFO, e.g. ``{"workflow": UI-format graph}``.
         on_event: told what runs; it may raise :class:`Cancelled` to stop between two nodes.
 
@@ -287,51 +400,194 @@ def execute(
         NodeError: a node raised; the exception is its ``__cause__``.
         Cancelled: the user asked to stop.
     """
-    outputs = check(prompt, classes)
-    needed = order(prompt, outputs)
-    # A result lives until its last reader has run: a text encoder must not fill memory during decoding.
-    readers = Counter(source for node_id in needed for source in set(_sources(prompt, node_id)))
-    results: dict[str, tuple[Any, ...]] = {}
-    shown: dict[str, Mapping[str, Any]] = {}
-    for node_id in needed:
-        if on_event is not None:
-            on_event(Event(kind="executing", node_id=node_id))
-        results[node_id], ui = _run_node(prompt, classes, node_id, results, extra_pnginfo)
-        for source in set(_sources(prompt, node_id)):
-            readers[source] -= 1
-            if not readers[source]:
-                del results[source]
-        if node_id in outputs:
-            shown[node_id] = ui
-        if on_event is not None:
-            on_event(Event(kind="executed", node_id=node_id, ui=ui))
-    return shown
+    outputs = check(prompt, classes) if outputs is None else outputs
+    run = _Run(prompt, classes, extra_pnginfo or {}, on_event or (lambda event: None))
+    if cache is not None:
+        run.remember(cache, order(prompt, outputs))
+    else:
+        run.count_readers(order(prompt, outputs))
+    for output in outputs:
+        run.reach(output)
+    return {output: run.shown[output] for output in outputs}
 
 
-def _run_node(
-    prompt: Prompt,
-    classes: Classes,
-    node_id: str,
-    results: Mapping[str, tuple[Any, ...]],
-    extra_pnginfo: Mapping[str, Any] | None,
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Call one node: (its outputs, its ``ui``)."""
-    cls = classes[prompt[node_id]["class_type"]]
-    inputs = prompt[node_id].get("inputs", {})
-    arguments: dict[str, Any] = {}
-    for name, kind, _, _ in input_specs(cls):
-        if name in inputs:
-            link = as_link(inputs[name])
-            arguments[name] = results[link.node_id][link.output] if link else coerce(kind, inputs[name])
-    hidden = {"PROMPT": prompt, "EXTRA_PNGINFO": extra_pnginfo or {}, "UNIQUE_ID": node_id}
-    for name, kind in cls.INPUT_TYPES().get("hidden", {}).items():
-        arguments[name] = hidden.get(kind)
-    try:
-        returned = getattr(cls(), cls.FUNCTION)(**arguments)
-    except Cancelled:
-        raise
-    except Exception as error:  # whatever a node raises is reported with the node it came from
-        raise NodeError(prompt, node_id, error) from error
-    if isinstance(returned, Mapping):
-        return tuple(returned.get("result", ())), returned.get("ui", {})
-    return tuple(returned), {}
+class _Run:
+    """One run of a prompt. Nodes run when somebody needs them, each once."""
+
+    def __init__(
+        self, prompt: Prompt, classes: Classes, extra_pnginfo: Mapping[str, Any], tell: Callable[[Event], None]
+    ) -> None:
+        self.prompt, self.classes, self.extra_pnginfo, self.tell = prompt, classes, extra_pnginfo, tell
+        self.results: dict[str, Returned] = {}
+        self.shown: dict[str, Mapping[str, Any]] = {}
+        self.specs = {
+            kind: list(input_specs(classes[kind])) for kind in {node["class_type"] for node in prompt.values()}
+        }
+        self.readers: Counter[str] | None = None
+        self.cache: Cache | None = None
+        self.digests: dict[str, str] = {}
+
+    def count_readers(self, needed: list[str]) -> None:
+        # A result lives until its last reader has run: a text encoder must not fill memory during decoding.
+        self.readers = Counter(source for node_id in needed for source in set(_sources(self.prompt, node_id)))
+
+    def remember(self, cache: Cache, needed: list[str]) -> None:
+        """Take the cache's results for nodes whose inputs have not changed; forget the others."""
+        self.cache = cache
+        for node_id in needed:
+            self.digests[node_id] = self._digest(node_id)
+        cache.keep(set(self.digests.values()))
+        known = tuple(node_id for node_id, digest in self.digests.items() if cache.get(digest) is not None)
+        self.tell(Event(kind="cached", nodes=known))
+
+    def _digest(self, node_id: str) -> str:
+        """Of the node and everything that goes into it."""
+        node, cls = self.prompt[node_id], self._class(node_id)
+        parts: list[Any] = [node["class_type"], self._changed(node_id)]
+        hidden = cls.INPUT_TYPES().get("hidden", {})
+        if getattr(cls, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in hidden.values():
+            parts.append(node_id)
+        for name, value in sorted(node.get("inputs", {}).items()):
+            link = as_link(value)
+            parts.append([name, [self.digests[link.node_id], link.output, "linked"] if link else value])
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=repr).encode(), digest_size=20).hexdigest()
+
+    def _changed(self, node_id: str) -> str:
+        """What the class says of changes outside the prompt, such as the date of a file."""
+        is_changed = getattr(self._class(node_id), "IS_CHANGED", None)
+        if is_changed is None:
+            return ""
+        arguments = {name: values[0] for name, values in self._plain(node_id).items()}
+        wanted = inspect.signature(is_changed).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+        arguments = {name: arguments.get(name) for name in (arguments if takes_all else wanted) if name != "kwargs"}
+        try:
+            verdict = is_changed(**arguments)
+        except Exception:  # a class of strangers that cannot tell: run it again, and it will say what is wrong
+            verdict = math.nan
+        return os.urandom(16).hex() if verdict != verdict else repr(verdict)
+
+    def _class(self, node_id: str) -> type:
+        return self.classes[self.prompt[node_id]["class_type"]]
+
+    def reach(self, output: str) -> None:
+        """Run ``output`` after everything that it needs. An explicit stack: graphs may be deep."""
+        stack = [output]
+        while stack:
+            node_id = stack[-1]
+            if node_id in self.results or node_id in self.shown or self._recall(node_id):
+                stack.pop()
+                continue
+            waiting = self._waiting(node_id)
+            if waiting:
+                stack += reversed(waiting)
+                continue
+            self._run(node_id)
+            stack.pop()
+
+    def _recall(self, node_id: str) -> bool:
+        known = None if self.cache is None else self.cache.get(self.digests[node_id])
+        if known is None:
+            return False
+        self._finish(node_id, known, is_cached=True)
+        return True
+
+    def _waiting(self, node_id: str) -> list[str]:
+        """What has to run before this node can: linked inputs; lazy ones if the node asks for them."""
+        inputs = self.prompt[node_id].get("inputs", {})
+        specs = self.specs[self.prompt[node_id]["class_type"]]
+        links = {name: link for name, *_ in specs if (link := as_link(inputs.get(name))) is not None}
+        missing = {name: link.node_id for name, link in links.items() if link.node_id not in self.results}
+        lazy = {name for name, _, options, _ in specs if options.get("lazy")} & missing.keys()
+        now = [source for name, source in missing.items() if name not in lazy]
+        if now or not lazy:
+            return list(dict.fromkeys(now))
+        cls = self._class(node_id)
+        if not hasattr(cls, "check_lazy_status"):
+            return [missing[name] for name in missing if name in lazy]
+        arguments = {name: values[0] if values else None for name, values in self._arguments(node_id).items()}
+        try:
+            asked = cls().check_lazy_status(**arguments) or ()
+        except Exception as error:  # as below
+            raise NodeError(self.prompt, node_id, error) from error
+        return [missing[name] for name in missing if name in lazy and name in asked]
+
+    def _arguments(self, node_id: str) -> dict[str, list[Any]]:
+        """Input -> its values; None for lazy inputs that nobody asked for."""
+        arguments = {}
+        inputs = self.prompt[node_id].get("inputs", {})
+        plain = self._plain(node_id)
+        for name, _, _, _ in self.specs[self.prompt[node_id]["class_type"]]:
+            link = as_link(inputs.get(name))
+            if link is not None:
+                known = self.results.get(link.node_id)
+                arguments[name] = [None] if known is None else known.outputs[link.output]
+            elif name in plain:
+                arguments[name] = plain[name]
+        return arguments | {name: plain[name] for name in self._class(node_id).INPUT_TYPES().get("hidden", {})}
+
+    def _plain(self, node_id: str) -> dict[str, list[Any]]:
+        """The inputs that are values of the prompt, and the hidden ones."""
+        inputs = self.prompt[node_id].get("inputs", {})
+        plain = {
+            name: [coerce(kind, inputs[name])]
+            for name, kind, _, _ in self.specs[self.prompt[node_id]["class_type"]]
+            if name in inputs and as_link(inputs[name]) is None
+        }
+        hidden = {"PROMPT": self.prompt, "EXTRA_PNGINFO": self.extra_pnginfo, "UNIQUE_ID": node_id}
+        for name, kind in self._class(node_id).INPUT_TYPES().get("hidden", {}).items():
+            plain[name] = [hidden.get(kind)]
+        return plain
+
+    def _run(self, node_id: str) -> None:
+        self.tell(Event(kind="executing", node_id=node_id))
+        arguments = self._arguments(node_id)
+        try:
+            returned = _call(self._class(node_id), arguments)
+        except Cancelled:
+            raise
+        except Exception as error:  # whatever a node raises is reported with the node it came from
+            raise NodeError(self.prompt, node_id, error) from error
+        finally:
+            del arguments
+        if self.cache is not None:
+            self.cache.put(self.digests[node_id], returned)
+        if self.readers is not None:
+            for source in set(_sources(self.prompt, node_id)):
+                self.readers[source] -= 1
+                if not self.readers[source]:
+                    self.results.pop(source, None)
+        self._finish(node_id, returned)
+
+    def _finish(self, node_id: str, returned: Returned, *, is_cached: bool = False) -> None:
+        self.results[node_id] = returned
+        if getattr(self._class(node_id), "OUTPUT_NODE", False):
+            self.shown[node_id] = returned.ui
+        self.tell(Event(kind="executed", node_id=node_id, ui=returned.ui, is_cached=is_cached))
+
+
+def _call(cls: type, arguments: Mapping[str, list[Any]]) -> Returned:
+    """Call a node with lists of values: once for each place in the lists (the last value of shorter ones repeats), or
+    once with the lists themselves if the class says INPUT_IS_LIST."""
+    method = getattr(cls(), cls.FUNCTION)
+    length = max(map(len, arguments.values()), default=1)
+    if getattr(cls, "INPUT_IS_LIST", False):
+        answers = [method(**arguments)]
+    else:
+        answers = [method(**_place(arguments, place)) for place in range(length)]
+    makes_list = getattr(cls, "OUTPUT_IS_LIST", None) or [False] * len(cls.RETURN_TYPES)
+    outputs: tuple[list[Any], ...] = tuple([] for _ in cls.RETURN_TYPES)
+    ui: dict[str, Any] = {}
+    for answer in answers:
+        if inspect.iscoroutine(answer):
+            answer = asyncio.run(answer)
+        given = answer.get("result", ()) if isinstance(answer, Mapping) else answer
+        for values, value, is_list in zip(outputs, given or (), makes_list, strict=False):
+            values += value if is_list else [value]
+        for key, shown in (answer.get("ui", {}) if isinstance(answer, Mapping) else {}).items():
+            ui[key] = [*ui[key], *shown] if key in ui else shown
+    return Returned(outputs, ui)
+
+
+def _place(arguments: Mapping[str, list[Any]], place: int) -> dict[str, Any]:
+    return {name: values[min(place, len(values) - 1)] for name, values in arguments.items() if values}

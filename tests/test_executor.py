@@ -9,7 +9,19 @@ from typing import Any, ClassVar
 
 import pytest
 
-from vidgen.headless.executor import Event, NodeError, PromptError, as_link, check, coerce, execute, order
+from vidgen.headless.executor import (
+    Cache,
+    Event,
+    NodeError,
+    PromptError,
+    as_link,
+    check,
+    coerce,
+    examine,
+    execute,
+    failed,
+    order,
+)
 from vidgen.vidgen_core.errors import Cancelled, SettingsError
 
 ran: list[str] = []
@@ -112,7 +124,76 @@ class Weigh:
         return (sum(ref() is not None for ref in Big.made),)
 
 
-CLASSES: dict[str, type] = {cls.__name__: cls for cls in (Number, Add, Show, Text, Big, Weigh)}
+class Choose:
+    """Asks for one of two inputs."""
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        lazy = ("INT", {"lazy": True})
+        return {"required": {"first": ("BOOLEAN", {}), "a": lazy, "b": lazy}}
+
+    def check_lazy_status(self, first: bool, a: int | None, b: int | None) -> list[str]:
+        return ["a"] if first else ["b"]
+
+    def run(self, first: bool, a: int | None, b: int | None) -> tuple[int | None]:
+        return (a if first else b,)
+
+
+class Counter:
+    """Its list is read one value at a time, unless the reader takes lists."""
+
+    RETURN_TYPES = ("INT", "INT")
+    OUTPUT_IS_LIST = (True, False)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"up_to": ("INT", {})}}
+
+    async def run(self, up_to: int) -> tuple[list[int], int]:
+        return list(range(up_to)), up_to
+
+
+class Total:
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+    INPUT_IS_LIST = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"values": ("INT", {}), "factor": ("INT", {})}}
+
+    def run(self, values: list[int], factor: list[int]) -> tuple[int]:
+        assert len(factor) == 1
+        return (sum(values) * factor[0],)
+
+
+class Clock:
+    """Reads something outside the prompt."""
+
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+    now: ClassVar[float] = 0
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"zone": ("INT", {})}}
+
+    @classmethod
+    def IS_CHANGED(cls, zone: int) -> float:
+        return cls.now + zone
+
+    def run(self, zone: int) -> tuple[int]:
+        ran.append("clock")
+        return (int(Clock.now) + zone,)
+
+
+CLASSES: dict[str, type] = {
+    cls.__name__: cls for cls in (Number, Add, Show, Text, Big, Weigh, Choose, Counter, Total, Clock)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -304,3 +385,122 @@ def test_values_are_read_as_their_widget(kind: str, value: Any, expected: Any) -
 @pytest.mark.parametrize("value", [["1"], ["1", 0, 0], ["1", "0"], [1, 0], ["1", 0.0], ["1", True], "1", None])
 def test_what_is_no_link(value: Any) -> None:
     assert as_link(value) is None
+
+
+# --- what a server needs besides --------------------------------------------------------------------------------------
+
+
+def again(prompt: Any, cache: Cache) -> tuple[Any, list[str]]:
+    """What a run with this cache shows, and which nodes ran."""
+    ran.clear()
+    return execute(prompt, CLASSES, cache=cache), list(ran)
+
+
+def test_what_has_not_changed_does_not_run_again() -> None:
+    cache, prompt = Cache(), sums()
+    assert again(prompt, cache)[1] == ["1", "2", "4", "5", "9"]
+    shown, nodes = again(prompt, cache)
+    assert nodes == []
+    assert shown["9"]["value"] == [7]
+    prompt["2"]["inputs"]["value"] = 4
+    shown, nodes = again(prompt, cache)
+    assert nodes == ["2", "4", "5", "9"]
+    assert shown["9"]["value"] == [8]
+
+
+def test_a_cache_holds_the_last_prompt_only() -> None:
+    cache = Cache()
+    again(sums(), cache)
+    assert len(cache) == 5
+    again({"1": node("Number", value=2), "s": node("Show", value=["1", 0])}, cache)
+    assert len(cache) == 2
+
+
+def test_a_failed_run_goes_on_where_it_failed() -> None:
+    cache, prompt = Cache(), sums()
+    prompt["t"] = node("Text", text="fine")
+    prompt["z"] = node("Show", value=["t", 0])
+    with pytest.raises(NodeError):
+        execute(prompt, CLASSES, outputs=["9", "z"], cache=cache)
+    ran.clear()
+    execute(prompt, CLASSES, outputs=["9"], cache=cache)
+    assert ran == []
+
+
+def test_cached_results_are_told() -> None:
+    cache, events = Cache(), list[Event]()
+    execute(sums(), CLASSES, cache=cache)
+    prompt = sums()
+    prompt["5"]["inputs"]["b"] = 9
+    execute(prompt, CLASSES, cache=cache, on_event=events.append)
+    assert events[0].kind == "cached"
+    assert sorted(events[0].nodes) == ["1", "2", "4"]
+    told = [(event.kind, event.node_id, event.is_cached) for event in events[1:]]
+    assert told == [
+        ("executed", "4", True),
+        *(("executing", "5", False), ("executed", "5", False)),
+        *(("executing", "9", False), ("executed", "9", False)),
+    ]
+
+
+def test_is_changed_speaks_for_files_and_clocks() -> None:
+    cache = Cache()
+    prompt = {"c": node("Clock", zone=2), "s": node("Show", value=["c", 0])}
+    assert "clock" in again(prompt, cache)[1]
+    assert "clock" not in again(prompt, cache)[1]
+    Clock.now = 5
+    shown, nodes = again(prompt, cache)
+    assert shown["s"]["value"] == [7]
+    assert "clock" in nodes
+    Clock.now = float("nan")  # never the same
+    with pytest.raises(NodeError):
+        again(prompt, cache)
+    Clock.now = 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_lazy_inputs_run_when_they_are_asked_for(first: bool) -> None:
+    prompt = {
+        "1": node("Number", value=3),
+        "2": node("Number", value=4),
+        "c": node("Choose", first=first, a=["1", 0], b=["2", 0]),
+        "s": node("Show", value=["c", 0]),
+    }
+    assert execute(prompt, CLASSES)["s"]["value"] == [3 if first else 4]
+    assert ran == ["1" if first else "2", "s"]
+
+
+def test_lists_are_read_one_by_one_or_whole() -> None:
+    prompt = {
+        "c": node("Counter", up_to=4),
+        "t": node("Total", values=["c", 0], factor=2),
+        "a": node("Add", a=["c", 0], b=["c", 1]),
+        "s": node("Show", value=["t", 0]),
+        "e": node("Show", value=["a", 0]),
+    }
+    shown = execute(prompt, CLASSES)
+    assert shown["s"]["value"] == [12]
+    assert shown["e"]["value"] == [4, 5, 6, 7]
+
+
+def test_outputs_that_can_run_are_told_from_those_that_cannot() -> None:
+    prompt = sums()
+    prompt["bad"] = node("Number", value=99)
+    prompt["sum"] = node("Add", a=["bad", 0], b=["1", 0])
+    prompt["s"] = node("Show", value=["sum", 0])
+    checked = examine(prompt, CLASSES)
+    assert checked.outputs == ["9"]
+    errors = failed(prompt, checked).to_json()["node_errors"]
+    assert list(errors) == ["bad"]
+    assert errors["bad"]["dependent_outputs"] == ["s"]
+    assert errors["bad"]["class_type"] == "Number"
+    extra = errors["bad"]["errors"][0]["extra_info"]
+    assert extra == {"input_name": "value", "input_config": ["INT", {"min": 0, "max": 10}], "received_value": 99}
+    assert execute(prompt, CLASSES, outputs=checked.outputs)["9"]["value"] == [7]
+
+
+def test_targets_leave_other_outputs_out() -> None:
+    prompt = sums() | {"s": node("Show", value=["8", 0])}
+    assert examine(prompt, CLASSES, {"s"}).outputs == ["s"]
+    with pytest.raises(PromptError, match="no output node"):
+        examine(prompt, CLASSES, {"8"})
