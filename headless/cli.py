@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..vidgen_core.errors import Cancelled, SettingsError, UserError
+from ..vidgen_core.errors import Cancelled, MissingLibraryError, SettingsError, UserError
 from .stop import Stop
 
 EXIT_ERROR = 1
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_render(commands)
+    _add_serve(commands)
     inspect = commands.add_parser("inspect", help="say what a checkpoint, a LoRA or a video is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="everything, for programs")
@@ -122,7 +123,32 @@ def _add_render(commands: Any) -> None:
     parser.set_defaults(command=_render)
 
 
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="open ComfyUI's editor with these nodes in a browser, and answer its API",
+        description="ComfyUI's frontend and API on this machine, without ComfyUI: http://127.0.0.1:8188",
+    )
+    parser.add_argument("--port", type=int, default=8188, help="0 takes a free one (default: 8188)")
+    parser.add_argument(
+        "--listen", default="127.0.0.1", metavar="ADDRESS", help="also for other machines; needs --token"
+    )
+    parser.add_argument("--token", help="a secret that every request must bring")
+    parser.add_argument(
+        "--folder", type=Path, default=Path.home() / "VidGen", help="with input, output and user (default: ~/VidGen)"
+    )
+    parser.add_argument("--open", action="store_true", help="open the browser")
+    parser.add_argument("--api-only", action="store_true", help="without the page")
+    _add_device_and_models(parser)
+    parser.set_defaults(command=_serve)
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_device_and_models(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def _add_device_and_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument(
         "--models",
@@ -132,7 +158,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where to look for models, laid out as ComfyUI's models folder; also VIDGEN_MODELS",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
 # --- render and generate --------------------------------------------------------------------------------------------
@@ -365,6 +390,33 @@ def model_folders(given: Sequence[Path]) -> list[Path]:
     """Folders to look for models in: those of the command line, then those in VIDGEN_MODELS."""
     listed = os.environ.get("VIDGEN_MODELS", "")
     return [*given, *(Path(item) for item in listed.split(os.pathsep) if item)]
+
+
+# --- serve ------------------------------------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError as error:
+        raise MissingLibraryError(
+            "The server is not installed", expected="the package aiohttp", do='pip install "comfyui-vidgen[serve]"'
+        ) from error
+    from .render import check_device
+    from .server.app import ServerSettings
+    from .server.start import serve
+
+    settings = ServerSettings(
+        folder=arguments.folder.expanduser().resolve(),
+        listen=arguments.listen,
+        port=arguments.port,
+        token=arguments.token,
+        device=check_device(arguments.device),
+        models=model_folders(arguments.models),
+        has_page=not arguments.api_only,
+    )
+    serve(settings, say=lambda text: print(text, flush=True), is_opening=arguments.open)
+    return 0
 
 
 # --- inspect and doctor ---------------------------------------------------------------------------------------------

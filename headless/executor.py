@@ -179,8 +179,16 @@ def check_shape(prompt: object) -> None:
     """Raise PromptError unless ``prompt`` is a table of nodes."""
     if isinstance(prompt, Mapping) and "nodes" in prompt and "links" in prompt:
         raise PromptError({}, {}, kind="invalid_prompt", what="This is a workflow in UI format; use Export (API)")
-    if not isinstance(prompt, Mapping) or not all(isinstance(node, Mapping) for node in prompt.values()):
+    if not isinstance(prompt, Mapping) or not all(map(_is_node, prompt.values())):
         raise PromptError({}, {}, kind="invalid_prompt", what="This is not a workflow in API format")
+
+
+def _is_node(node: object) -> bool:
+    return (
+        isinstance(node, Mapping)
+        and isinstance(node.get("class_type"), str | None)
+        and isinstance(node.get("inputs", {}), Mapping)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +296,7 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
             continue
         try:
             plain[name] = coerce(kind, value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             wrong = _problem("invalid_input_type", f"the value cannot be read as {kind}", name, value)
             yield from _with_config([wrong], kind, options)
             continue

@@ -73,6 +73,8 @@ HEAVY = frozenset(
     | {"sentencepiece", "tensorboard", "tokenizers", "transformers"}
 )
 """Libraries that are imported inside the function that needs them, so that importing the pack stays cheap."""
+AT_HOME = {"aiohttp": "headless/server/"}
+"""where such a library may be imported at the top, because nothing else imports that folder before it is needed"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,8 @@ def guard(path: str, item: Import) -> str | None:
         return f"`{top}` is imported by an absolute name; use a relative import"
     if top in COMFYUI and path != COMFYUI_DOOR:
         return f"`{top}` is ComfyUI's; only {COMFYUI_DOOR} may import it"
-    if top in COMFYUI | HEAVY and item.at_import:
+    is_at_home = top in AT_HOME and path.startswith(AT_HOME[top])
+    if top in COMFYUI | HEAVY and item.at_import and not is_at_home:
         return f"`{top}` is imported while the module loads; import it inside the function that needs it"
     return None
 

@@ -163,6 +163,17 @@ def available_memory() -> int:
     return max(0, free)
 
 
+def total_memory() -> int:
+    """Bytes of main memory of the machine, or of the container where it has a limit."""
+    total = 8 * 2**30
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    return total
+
+
 def available_cores() -> int:
     """CPU cores this process may use (affinity and container limits, where the system tells)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
