@@ -478,8 +478,13 @@ class ComfyHost:
         return None  # interrupting in ComfyUI means that the run is not wanted
 
 
-def contact_sheet(frames: Tensor, *, num_columns: int = 4) -> Tensor:
-    """(T, H, W, 3) uint8 -> one picture (rows * H, columns * W, 3) with up to ``num_columns`` frames a row."""
+def contact_sheet(frames: Tensor, *, num_columns: int = 4, min_px: int = 96) -> Tensor:
+    """(T, H, W, 3) uint8 -> one picture (rows * H, columns * W, 3) with up to ``num_columns`` frames a row.
+
+    Frames that are smaller than ``min_px`` (a preview has one px per latent) are enlarged by a whole number.
+    """
+    factor = -(-min_px // max(frames.shape[1:3]))
+    frames = frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     num_columns = min(num_columns, len(frames))
     missing = -len(frames) % num_columns
     frames = torch.cat([frames, frames.new_zeros(missing, *frames.shape[1:])])

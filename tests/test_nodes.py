@@ -534,8 +534,9 @@ def test_comfyui_lists_its_own_inputs_and_finds_the_examples(comfy: SimpleNamesp
 @pytest.mark.parametrize(("num_frames", "size"), [(1, (6, 4)), (4, (6, 16)), (5, (12, 16)), (9, (18, 16))])
 def test_contact_sheet(num_frames: int, size: tuple[int, int]) -> None:
     frames = torch.arange(num_frames, dtype=torch.uint8)[:, None, None, None].expand(num_frames, 6, 4, 3)
-    sheet = hosts.contact_sheet(frames)
+    sheet = hosts.contact_sheet(frames, min_px=6)
     assert sheet.shape == (*size, 3)
+    assert torch.equal(hosts.contact_sheet(frames, min_px=13)[::3, ::3], sheet)
     columns = min(num_frames, 4)
     for number in range(num_frames):
         assert int(sheet[number // columns * 6, number % columns * 4, 0]) == number

@@ -149,7 +149,9 @@ IMPORT_EVERYTHING = """
 import importlib, json, pkgutil, sys
 import vidgen
 for module in pkgutil.walk_packages(vidgen.__path__, "vidgen."):
-    if module.name.split(".")[1] in {folders} and not module.name.endswith("__main__"):
+    # The server's modules are imported by `vidgen serve` alone, and are about aiohttp.
+    is_server = module.name.startswith("vidgen.headless.server")
+    if module.name.split(".")[1] in {folders} and not is_server and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 import torch
 print(json.dumps([sorted(set(sys.modules) & {heavy}), torch.cuda.is_initialized()]))

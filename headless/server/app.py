@@ -56,6 +56,8 @@ MAX_UNSENT_PREVIEWS = 4
 _HARMLESS = frozenset({"image", "video", "audio"})
 _ACTIVE = frozenset({"image/svg+xml"})
 _COOKIE = "vidgen_token"
+_ASKED_AT_START: dict[str, Any] = {"comfy.templates.json": [], "workflows/.index.json": {"favorites": []}}
+"""files that the frontend reads whether they are there or not; a 404 would be an error in its console"""
 _NEVER_KEPT = frozenset({"Comfy.TutorialCompleted"})
 """settings; without this one the frontend opens its templates at the first start, which are ours"""
 
@@ -593,8 +595,11 @@ class Server:
         return web.json_response([[name, *name.split("/")] for name in names] if is_split else names)
 
     async def get_userdata(self, request: web.Request) -> web.StreamResponse:
-        path = self._user_file(request.match_info["name"])
+        name = request.match_info["name"]
+        path = self._user_file(name)
         if not path.is_file():
+            if name in _ASKED_AT_START:
+                return web.json_response(_ASKED_AT_START[name])
             raise _refused(404, "there is no such file", "not_found")
         headers = {"X-Content-Type-Options": "nosniff", "Content-Type": "application/octet-stream"}
         return web.FileResponse(path, headers=headers)
