@@ -65,4 +65,25 @@ if __package__:
 
     WEB_DIRECTORY = "./web"
 
-    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+    def render(workflow, /, *, output=None, device=None, models=(), quiet=True, **values):
+        """Run a workflow: ``vidgen.render("hunyuan_t2v", seed=7, output="a.mp4", **{"Prompt.prompt": "a red star"})``.
+
+        Args:
+            workflow: a path (either format, or a video that carries one), the name of a shipped workflow, or a dict.
+            output: the video, or a folder for several; None is the folder ``output``.
+            device: "cpu", "cuda", ...; None takes a GPU if there is one.
+            models: folders to look for models in, besides the bundled ones.
+            quiet: no progress bar.
+            values: ``NODE.INPUT`` (id, title or class of the node), or ``INPUT`` where one node only has it.
+
+        Returns:
+            The videos that were saved, as a list of ``pathlib.Path``.
+
+        Raises:
+            UserError, executor.NodeError: what was given, what is expected and what to do.
+        """
+        from .headless.render import render_workflow
+
+        return render_workflow(workflow, output=output, device=device, models=models, quiet=quiet, values=values)
+
+    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY", "render"]

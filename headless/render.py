@@ -90,6 +90,51 @@ def override(prompt: Prompt, classes: Mapping[str, type], settings: Sequence[str
     return changed
 
 
+def override_by_name(
+    prompt: Prompt, classes: Mapping[str, type], values: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """``prompt`` with Python's values under ``NODE.INPUT``, or under ``INPUT`` alone where one node only has it.
+
+    Raises:
+        SettingsError: the node or input does not exist, or several nodes have the input.
+    """
+    changed = copy.deepcopy({node_id: dict(node) for node_id, node in prompt.items()})
+    for key, value in values.items():
+        node, _, name = key.rpartition(".")
+        if node:
+            node_id = _find_node(changed, node)
+        else:
+            having = [n for n in changed if name in _input_names(changed, classes, n)]
+            if len(having) != 1:
+                listed = ", ".join(f"{node_id}.{name}" for node_id in having) or "the name of an input"
+                raise SettingsError(
+                    "Several nodes have this input" if having else "No node has this input",
+                    given=name,
+                    expected=f"one of {listed}" if having else "the name of an input, or NODE.INPUT",
+                )
+            node_id = having[0]
+        _check_input(changed, classes, node_id, name)
+        changed[node_id].setdefault("inputs", {})[name] = value
+    return changed
+
+
+def _input_names(prompt: Prompt, classes: Mapping[str, type], node_id: str) -> list[str]:
+    cls = classes.get(prompt[node_id].get("class_type", ""))
+    return [] if cls is None else [spec[0] for spec in input_specs(cls)]
+
+
+def _check_input(prompt: Prompt, classes: Mapping[str, type], node_id: str, name: str) -> None:
+    names = _input_names(prompt, classes, node_id)
+    if names and name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise SettingsError(
+            f"{describe(prompt, node_id)} has no such input",
+            given=name,
+            expected="one of " + ", ".join(names),
+            do=f"did you mean {near[0]}?" if near else None,
+        )
+
+
 def _find_node(prompt: Prompt, name: str) -> str:
     if name in prompt:
         return name
@@ -103,23 +148,49 @@ def _find_node(prompt: Prompt, name: str) -> str:
 
 
 def _read_value(prompt: Prompt, classes: Mapping[str, type], node_id: str, name: str, value: str) -> Any:
+    _check_input(prompt, classes, node_id, name)
     cls = classes.get(prompt[node_id].get("class_type", ""))
     specs = {} if cls is None else {spec[0]: spec[1] for spec in input_specs(cls)}
-    if specs and name not in specs:
-        near = difflib.get_close_matches(name, specs, n=1)
-        raise SettingsError(
-            f"{describe(prompt, node_id)} has no such input",
-            given=name,
-            expected="one of " + ", ".join(specs),
-            do=f"did you mean {near[0]}?" if near else None,
-        )
     if specs.get(name) == "STRING" or isinstance(specs.get(name), list):
         return value
     with contextlib.suppress(json.JSONDecodeError):
         value = json.loads(value)
-        if as_link(value) is None or specs.get(name) is None or as_link(value).node_id in prompt:
+        link = as_link(value)
+        if link is None or specs.get(name) is None or link.node_id in prompt:
             return value
     return value
+
+
+def render_workflow(
+    workflow: Mapping[str, Any] | str | Path,
+    *,
+    output: str | Path | None = None,
+    device: str | None = None,
+    models: Sequence[str | Path] = (),
+    quiet: bool = True,
+    values: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """What ``vidgen.render`` does; see there."""
+    from .. import NODE_CLASS_MAPPINGS
+
+    classes: Mapping[str, type] = NODE_CLASS_MAPPINGS
+
+    if isinstance(workflow, str | Path):
+        known = WORKFLOWS / "api" / f"{workflow}.json"
+        is_name = isinstance(workflow, str) and Path(workflow).name == workflow and known.is_file()
+        prompt = load_prompt(known if is_name else Path(workflow), classes)
+    else:
+        prompt = to_prompt(workflow, classes) if is_ui(workflow) else workflow
+        check_shape(prompt)
+    return render(
+        override_by_name(prompt, classes, values or {}),
+        classes,
+        output=None if output is None else Path(output),
+        stop=Stop(),
+        device=device,
+        folders=[Path(folder) for folder in models],
+        quiet=quiet,
+    )
 
 
 class Stopped(Cancelled):

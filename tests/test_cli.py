@@ -16,7 +16,7 @@ from vidgen.headless.cli import main, model_folders, parse_size
 from vidgen.headless.progress import ProgressBar, clock_time
 from vidgen.headless.render import load_prompt, override, shipped
 from vidgen.headless.report import memory_bytes, quantity, size_text
-from vidgen.vidgen_core.errors import SettingsError
+from vidgen.vidgen_core.errors import FileError, SettingsError
 from vidgen.vidgen_core.media import read_metadata, read_video
 
 NODES: dict[str, type] = vidgen.NODE_CLASS_MAPPINGS
@@ -231,6 +231,22 @@ def test_a_set_that_cannot_be(setting: str, words: str) -> None:
 def test_load_prompt_reads_json_and_videos(tmp_path: Path, tiny_bundle_dir: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(shipped("hunyuan_t2v")))
     assert load_prompt(tmp_path / "a.json", {}) == shipped("hunyuan_t2v")
+
+
+def test_a_workflow_runs_from_python(tmp_path: Path, tiny_bundle_dir: Path) -> None:
+    values = {"VidGenLoadAll.model_folder": str(tiny_bundle_dir), "Prompt.prompt": "a red star"}
+    sizes = {"width": 32, "height": 32, "num_frames": 5, "steps": 2, "seed": 3}
+    saved = vidgen.render("hunyuan_t2v", output=tmp_path / "a.mp4", **sizes, **values)
+    assert saved == [tmp_path / "a.mp4"]
+    prompt = load_prompt(saved[0], NODES)
+    assert any(node["inputs"].get("prompt") == "a red star" for node in prompt.values())
+    again = vidgen.render(prompt, output=tmp_path / "b.mp4", seed=4)
+    assert load_prompt(again[0], NODES) != prompt
+    for wrong, words in (({"prompt": "x"}, "Several nodes"), ({"sead": 1}, "No node"), ({"Sampler.sead": 1}, "seed")):
+        with pytest.raises(SettingsError, match=words):
+            vidgen.render("hunyuan_t2v", **wrong)
+    with pytest.raises(FileError, match="cannot be read"):
+        vidgen.render("hunyuan_nothing")
 
 
 # --- inspect, doctor, train -------------------------------------------------------------------------------------------
