@@ -8,11 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import Cancelled, MissingLibraryError, SettingsError, UserError
 from .stop import Stop
+
+if TYPE_CHECKING:
+    from ..vidgen_core.types import VideoShape
 
 EXIT_ERROR = 1
 DENOISE = 0.6
@@ -79,6 +83,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("vidgen.mp4"), help="an .mp4, .webm, .gif or .webp")
     parser.add_argument("--negative", metavar="TEXT", help="what the video should not show")
     parser.add_argument("--image", metavar="FILE", help="the first frame; it is cut to the size of the video")
+    parser.add_argument(
+        "--method",
+        default="auto",
+        help="how the network is given the image, where its file is silent: token_replace for HunyuanVideo-I2V v2",
+    )
     parser.add_argument("--video", metavar="FILE", help="a video to change; it is cut to the size of the result")
     parser.add_argument("--denoise", type=float, help="how far to change it: 0.1 hardly, 1 completely (default 0.6)")
     parser.add_argument("--seed", type=int, default=0, help="another number, another video (default 0)")
@@ -223,17 +232,18 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
     if arguments.model is not None:
         loader["model_folder"] = arguments.model
-    shape, fps, negative = _preflight(arguments, loader["model_folder"])
+    plan = _preflight(arguments, loader["model_folder"])
+    shape = plan.shape
     size = {"width": shape.width_px, "height": shape.height_px}
     length = {"num_frames": shape.num_frames}
     changes = {
         ("VidGenEncodePrompt", "Prompt"): {"prompt": arguments.prompt},
-        ("VidGenEncodePrompt", "Negative Prompt"): {"prompt": negative},
+        ("VidGenEncodePrompt", "Negative Prompt"): {"prompt": plan.negative},
         **{
             "hunyuan_t2v": {("VidGenEmptyLatent", None): size | length},
             "hunyuan_i2v": {
                 ("VidGenLoadImage", None): {"image": arguments.image},
-                ("VidGenImageToVideo", None): size | length | {"method": "auto"},
+                ("VidGenImageToVideo", None): size | length | {"method": arguments.method},
             },
             "hunyuan_v2v": {
                 ("VidGenLoadVideo", None): {"video": arguments.video, "max_frames": shape.num_frames},
@@ -248,7 +258,7 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
             "denoise": _denoise(arguments),
         },
         ("VidGenSaveVideo", None): {
-            "fps": fps,
+            "fps": plan.fps,
             "format": _format(arguments.output),
             "crf": arguments.crf,
         },
@@ -258,8 +268,33 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
         node["inputs"] |= {name: value for name, value in inputs.items() if value is not None}
         if class_type == "VidGenEncodePrompt" and shape.num_frames == 1:
             node["inputs"]["template"] = "image"
+    if plan.interleave is not None:
+        _show_image(prompt, plan)
     _add_loras(prompt, node_of(prompt, "VidGenSampler"), arguments.lora)
     return prompt
+
+
+BLACK = "vidgen-black.png"
+"""an example; its size does not matter"""
+
+
+def _show_image(prompt: dict[str, Any], plan: Plan) -> None:
+    """The prompt is encoded with the image; the negative one, where it counts, with a black one as published."""
+    from .render import node_of
+
+    links = {"Prompt": [node_of(prompt, "VidGenLoadImage"), 0]}
+    if plan.cfg != 1.0:
+        node_id = _new_id(prompt)
+        title = {"title": "Black Image"}
+        prompt[node_id] = {"class_type": "VidGenLoadImage", "inputs": {"image": BLACK}, "_meta": title}
+        links["Negative Prompt"] = [node_id, 0]
+    for title, link in links.items():
+        inputs = prompt[node_of(prompt, "VidGenEncodePrompt", title)]["inputs"]
+        inputs |= {"image": link, "image_interleave": plan.interleave}
+
+
+def _new_id(prompt: Mapping[str, Any]) -> str:
+    return str(max(int(key) for key in prompt) + 1)
 
 
 def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
@@ -267,7 +302,7 @@ def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> No
     inputs = prompt[sampler]["inputs"]
     for text in loras:
         name, strength = parse_lora(text)
-        node_id = str(max(int(key) for key in prompt) + 1)
+        node_id = _new_id(prompt)
         prompt[node_id] = {
             "class_type": "VidGenApplyLora",
             "inputs": {
@@ -320,10 +355,22 @@ def _format(output: Path) -> str:
     return ending if ending in ("webm", "gif", "webp") else "mp4"
 
 
-def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float | None, str]:
-    """(shape, fps, negative prompt), after checking every setting against the headers of the model's files."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a command line comes to with a model's defaults."""
+
+    shape: VideoShape
+    fps: float | None
+    negative: str
+    cfg: float
+    interleave: int | None
+    """every how many-th token of the image stands in the prompt; None: the prompt is encoded without it"""
+
+
+def _preflight(arguments: argparse.Namespace, model: str) -> Plan:
+    """The plan, after checking every setting against the headers of the model's files."""
     from ..nodes.host import LocalNodeHost
-    from ..vidgen_core.bundle import find_parts
+    from ..vidgen_core.bundle import find_parts, sees_images
     from ..vidgen_core.generate import Sampling, check_prompts
     from ..vidgen_core.lora import check_strength
     from ..vidgen_core.media import check_writable
@@ -357,10 +404,31 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float | 
         check_strength(strength)
         check_lora(host.find("lora", name), network)
     assert settings.negative_prompt is not None
-    _check_inputs(arguments, host, family, network.config, shape)
+    assert settings.cfg is not None
+    config = _told(arguments, family, network.config)
+    _check_inputs(arguments, host, family, config, shape)
+    shown = arguments.image is not None and sees_images(headers, found)
     # A video that is changed keeps its own frame rate: the workflow links it.
     own_fps = None if arguments.video is not None else float(defaults.fps)
-    return shape, own_fps if arguments.fps is None else arguments.fps, settings.negative_prompt
+    return Plan(
+        shape=shape,
+        fps=own_fps if arguments.fps is None else arguments.fps,
+        negative=settings.negative_prompt,
+        cfg=settings.cfg,
+        interleave=family.keyframes.interleave(config) if shown else None,
+    )
+
+
+def _told(arguments: argparse.Namespace, family: Any, config: Any) -> Any:
+    """The network's config with the user's word on how it takes the image."""
+    from ..vidgen_core.errors import unknown_name
+
+    methods = family.keyframes.methods
+    if arguments.method not in methods:
+        raise unknown_name("method", arguments.method, methods)
+    if arguments.method != "auto" and arguments.image is None:
+        raise SettingsError("There is no image", given=f"--method {arguments.method}", expected="--image FILE with it")
+    return methods[arguments.method](config)
 
 
 def _check_inputs(arguments: argparse.Namespace, host: Any, family: Any, config: Any, shape: Any) -> None:

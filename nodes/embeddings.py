@@ -61,7 +61,7 @@ class LoadEmbeddings:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         from .host import current
 
-        tooltip = "A file from models/embeddings/vidgen, or from the output folder."
+        tooltip = "A file from models/embeddings/vidgen, from the output folder, or an example."
         return {"required": {"embeddings_name": (list(current().embeddings()), {"tooltip": tooltip})}}
 
     @classmethod

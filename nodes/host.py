@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..vidgen_core.embeddings import PART
 from ..vidgen_core.errors import FileError, UserError
-from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_models, folders_of
+from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_folder, bundled_models, folders_of
 from ..vidgen_core.weights.header import read_header
+from ..vidgen_core.weights.lora import holds_lora
 from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
 
 EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
@@ -68,7 +69,8 @@ class NodeHost(Host, Protocol):
         ...
 
     def embeddings(self) -> dict[str, Path]:
-        """name -> file of encoded prompts: those in ``models/embeddings/vidgen``, then those in the output folder."""
+        """name -> file of encoded prompts: those in ``models/embeddings/vidgen``, those in the output folder, then the
+        examples."""
         ...
 
     def find_embeddings(self, name: str) -> Path:
@@ -117,12 +119,13 @@ def bundled_names(kind: str) -> list[str]:
     """``model/file`` of each bundled checkpoint of ``kind``; told from the headers, so a damaged file is left out."""
     names = []
     for model, folder in bundled_models().items():
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(bundled_folder(kind, folder).glob("*.safetensors")):
             try:
-                part = read_header(path).metadata.get("vidgen.part")
+                header = read_header(path)
             except UserError:  # it must not hide the others; loading it by name says what is wrong
                 continue
-            if part == kind:
+            found = "lora" if holds_lora(header.tensors) else header.metadata.get("vidgen.part")
+            if found == kind:
                 names.append(f"{model}/{path.name}")
     return names
 
@@ -148,11 +151,14 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def find_bundled(name: str) -> Path | None:
+def find_bundled(kind: str, name: str) -> Path | None:
     model, _, file = name.replace("\\", "/").partition("/")
-    folder = bundled_models().get(model)
+    root = bundled_models().get(model)
     # Only a plain file name: a workflow from elsewhere must not reach out of the folder.
-    return folder / file if folder and file == Path(file).name and (folder / file).is_file() else None
+    if root is None or not file or file != Path(file).name:
+        return None
+    path = bundled_folder(kind, root) / file
+    return path if path.is_file() else None
 
 
 def example_names(endings: Collection[str]) -> list[str]:
@@ -195,11 +201,13 @@ OUTPUT_MARK = " [output]"
 
 
 def embeddings_in(folders: Sequence[Path], output: Path) -> dict[str, Path]:
-    """name -> file of encoded prompts, told by their headers."""
+    """name -> file of encoded prompts, told by their headers; the examples last."""
     listed = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob(_ENCODED)}
     made = {f"{path.relative_to(output).as_posix()}{OUTPUT_MARK}": path for path in output.rglob(_ENCODED)}
     listed, made = (dict(sorted(files.items())) for files in (listed, made))
-    return {name: path for name, path in (listed | made).items() if holds_embeddings(path)}
+    own = listed | made
+    examples = {name: EXAMPLES / name for name in example_names({".safetensors"}) if name not in own}
+    return {name: path for name, path in (own | examples).items() if holds_embeddings(path)}
 
 
 _ENCODED = "*.safetensors"
@@ -409,7 +417,7 @@ class ComfyHost:
     def find(self, kind: str, name: str) -> Path:
         import folder_paths
 
-        found = find_bundled(name) or folder_paths.get_full_path(FOLDERS[kind], name)
+        found = find_bundled(kind, name) or folder_paths.get_full_path(FOLDERS[kind], name)
         if found is None:
             place = f"ComfyUI/models/{FOLDERS[kind]}"
             raise FileError("There is no such checkpoint", given=name, expected=f"a file in {place}", do="press R")

@@ -36,7 +36,7 @@ class ApplyLora:
         return {
             "required": {
                 "model": (MODEL, {"tooltip": "The diffusion network."}),
-                "lora_name": (names("lora"), {"tooltip": "A LoRA (.safetensors) from models/loras."}),
+                "lora_name": (names("lora"), {"tooltip": "A LoRA (.safetensors) from models/loras, or a bundled one."}),
                 "strength": (
                     "FLOAT",
                     strength | {"tooltip": "1 is as trained, 0 is off; below 0 the opposite of what was learned."},

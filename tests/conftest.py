@@ -272,3 +272,68 @@ def published() -> Callable[..., Path]:
         return single
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_encoders() -> Callable[[Path], None]:
+    """Writes tiny random text encoders into a folder laid out as ComfyUI's ``models``, under their published names and
+    with their tokenizers. LLaMA is 128 wide, CLIP 64; a picture is 4 tokens. They know the words "a red circle"."""
+    from dataclasses import replace
+
+    from vidgen.benchmarks.full_size import write_random
+    from vidgen.benchmarks.full_size_text import clip_entries, llama_entries, stub_clip_files, stub_llama_tokenizer
+    from vidgen.vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, VisionDims
+    from vidgen.vidgen_core.families.hunyuan.text_files import build_vision_part
+    from vidgen.vidgen_core.weights.save import save_tensors
+
+    llama = replace(LlamaDims(), hidden_size=128, num_layers=3, num_heads=1, num_kv_heads=1, intermediate_size=64)
+    clip = replace(ClipDims(), hidden_size=64, num_layers=2, num_heads=1, intermediate_size=32)
+    vision = VisionDims(
+        image_size=28, hidden_size=64, num_layers=2, num_heads=1, intermediate_size=32, out_size=128, skip_layers=0
+    )
+
+    def write(root: Path) -> None:
+        for folder in ("text_encoders/llama", "text_encoders/clip", "clip", "clip_vision"):
+            (root / folder).mkdir(parents=True)
+        write_random(root / "text_encoders" / "llava_llama3_fp8_scaled.safetensors", llama_entries(llama))
+        write_random(root / "clip" / "clip_l.safetensors", clip_entries(clip))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            eyes = build_vision_part(vision, {}).state_dict()
+        eyes |= {f"vision.vision_model.post_layernorm.{leaf}": torch.ones(64) for leaf in ("weight", "bias")}
+        bare = {name.removeprefix("vision."): tensor for name, tensor in eyes.items()}
+        save_tensors(root / "clip_vision" / "llava_llama3_vision.safetensors", bare)
+        tokenizer = root / "text_encoders" / "llama" / "tokenizer.json"
+        tokenizer.write_text(stub_llama_tokenizer("a red circle"), encoding="utf-8")
+        stub_clip_files(root / "text_encoders" / "clip")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def i2v_v1_models(tmp_path_factory: pytest.TempPathFactory, write_encoders: Callable[[Path], None]) -> Path:
+    """ComfyUI's ``models`` with HunyuanVideo-I2V v1 in it, tiny and random, under the names of the published files."""
+    from vidgen.training.export import export_codec, export_network
+    from vidgen.vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
+    from vidgen.vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
+    from vidgen.vidgen_core.families.hunyuan.vae import CausalVAE
+    from vidgen.vidgen_core.types import Defaults
+
+    root = tmp_path_factory.mktemp("published") / "models"
+    write_encoders(root)
+    config = NetworkConfig(
+        in_channels=33, hidden_size=32, num_heads=2, num_double_blocks=1, num_single_blocks=1, num_refiner_blocks=1,
+        rope_axes=(4, 6, 6), text_width=128, pooled_width=64, guidance_embed=False, image_condition="latent_concat",
+    )  # fmt: skip
+    codec = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network, vae = HunyuanVideoTransformer(config), CausalVAE(codec)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    for folder in ("diffusion_models", "vae"):
+        (root / folder).mkdir()
+    name = "hunyuan_video_image_to_video_720p_bf16.safetensors"
+    export_network(root / "diffusion_models" / name, network, config, Defaults())
+    export_codec(root / "vae" / "hunyuan_video_vae_bf16.safetensors", vae, codec)
+    return root

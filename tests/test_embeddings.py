@@ -58,6 +58,9 @@ def small(dtype: torch.dtype = torch.float32) -> Embeddings:
     )
 
 
+EXAMPLES = hosts.example_names({".safetensors"})
+
+
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +93,7 @@ def test_the_nodes_give_the_sampler_the_same_video(
     shown = SaveEmbeddings().save(given, "embeddings/star")["ui"]["text"]
     assert shown == ("embeddings/star_00001.safetensors",)
     name = "embeddings/star_00001.safetensors [output]"
-    assert LoadEmbeddings.INPUT_TYPES()["required"]["embeddings_name"][0] == [name]
+    assert LoadEmbeddings.INPUT_TYPES()["required"]["embeddings_name"][0] == [name, *EXAMPLES]
     assert LoadEmbeddings.VALIDATE_INPUTS(name) is True
     found, prompt = LoadEmbeddings().load(name)
     assert prompt == PROMPT
@@ -109,8 +112,19 @@ def test_files_are_listed_by_what_they_are(here: Any, tmp_path: Path) -> None:
     save_embeddings(tmp_path / "output" / "a.safetensors", small())
     save_tensors(tmp_path / "output" / "latent.safetensors", {"x": torch.zeros(1)})
     (tmp_path / "output" / "broken.safetensors").write_bytes(b"\0" * 40)
-    assert list(here.embeddings()) == ["mine/b.safetensors", "a.safetensors [output]"]
+    assert list(here.embeddings()) == ["mine/b.safetensors", "a.safetensors [output]", *EXAMPLES]
     assert LoadEmbeddings().load("mine/b.safetensors")[1] == small().prompt
+
+
+def test_an_example_gives_way_to_a_file_of_the_user(here: Any, tmp_path: Path) -> None:
+    name = EXAMPLES[0]
+    assert here.find_embeddings(name) == hosts.EXAMPLES / name
+    assert load_embeddings(here.find_embeddings(name)).features.context.shape[-1] == 128
+    kept = tmp_path / "models" / "embeddings" / "vidgen"
+    kept.mkdir(parents=True)
+    save_embeddings(kept / name, small())
+    assert here.find_embeddings(name) == kept / name
+    assert list(here.embeddings()) == [name, *EXAMPLES[1:]]
 
 
 def test_a_replaced_file_is_read_again(here: Any, tmp_path: Path) -> None:

@@ -235,7 +235,9 @@ def test_a_run_kept_before_there_were_loras_goes_on(
 def test_the_node_lists_and_finds_loras(folder: Path, model: VideoModel) -> None:
     with hosts.using(hosts.LocalNodeHost(folders=[folder])):
         names = ApplyLora.INPUT_TYPES()["required"]["lora_name"][0]
-        assert names == ["b.safetensors", "cog.safetensors", "half.safetensors", "styles/a.safetensors"]
+        bundled = hosts.bundled_names("lora")
+        assert names[: len(bundled)] == bundled
+        assert names[len(bundled) :] == ["b.safetensors", "cog.safetensors", "half.safetensors", "styles/a.safetensors"]
         assert ApplyLora.VALIDATE_INPUTS("styles/a.safetensors") is True
         assert "c.safetensors" in str(ApplyLora.VALIDATE_INPUTS("c.safetensors"))
         outside = "../" + folder.name + "/loras/b.safetensors"

@@ -350,15 +350,25 @@ def test_the_choices_of_load_model_reach_the_core(tiny_bundle_dir: Path, parts: 
 
 def test_every_bundled_file_is_in_a_list() -> None:
     """In the one list of its part, told by its header."""
-    listed = [name for kind in ("network", "codec", "text") for name in hosts.bundled_names(kind)]
+    listed = [(kind, name) for kind in ("network", "codec", "text") for name in hosts.bundled_names(kind)]
     files = [f"{f.parent.name}/{f.name}" for f in (ROOT / "models").glob("*/*.safetensors")]
+    assert sorted(name for _, name in listed) == sorted(files)
+    assert all(hosts.find_bundled(kind, name) is not None for kind, name in listed)
+
+
+def test_every_bundled_lora_is_in_the_list_of_loras() -> None:
+    listed = hosts.bundled_names("lora")
+    files = [f"{f.parents[1].name}/{f.name}" for f in (ROOT / "models").glob("*/loras/*.safetensors")]
     assert sorted(listed) == sorted(files)
-    assert all(hosts.find_bundled(name) is not None for name in listed)
+    assert all(hosts.find_bundled("lora", name) is not None for name in listed)
+    assert all(hosts.find_bundled("network", name) is None for name in listed)
+    assert all(hosts.LocalNodeHost().find("lora", name).is_file() for name in listed)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../b", "vidgen-tiny-hunyuan/../../pyproject.toml", "", "/", "x/y"])
 def test_a_bundled_name_does_not_reach_outside(name: str) -> None:
-    assert hosts.find_bundled(name) is None
+    assert hosts.find_bundled("network", name) is None
+    assert hosts.find_bundled("lora", name) is None
 
 
 # --- inside ComfyUI ---------------------------------------------------------------------------------------------------
@@ -488,8 +498,8 @@ def test_comfyui_keeps_encoded_prompts_in_its_folders(
     kept.mkdir(parents=True)
     shutil.copy(tmp_path / "output" / shown, kept / "b.safetensors")
     names = LoadEmbeddings.INPUT_TYPES()["required"]["embeddings_name"][0]
-    assert names == ["b.safetensors", f"{shown} [output]"]
-    for name in names:
+    assert names == ["b.safetensors", f"{shown} [output]", *hosts.example_names({".safetensors"})]
+    for name in names[:2]:
         found, prompt = LoadEmbeddings().load(name)
         assert prompt == "a red star"
         assert torch.equal(found.features.context, conditioning(parts).features.context)

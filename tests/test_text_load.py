@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vidgen.benchmarks.full_size_text import stub_clip_files, stub_llama_tokenizer
 from vidgen.training.export import export_text
+from vidgen.vidgen_core import model
 from vidgen.vidgen_core.errors import CheckpointError, UserError
 from vidgen.vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, TextConfig, VisionDims
 from vidgen.vidgen_core.families.hunyuan.text import TextStack
@@ -119,6 +120,32 @@ def assert_same(found: Any, stack: TextStack, *, image: bool = False) -> None:
         picture = torch.rand(1, 30, 40, 3)
         one, other = (s.encode_with_image([PROMPT], picture, interleave=2) for s in (found, stack))
         assert torch.equal(one.context, other.context)
+
+
+def test_the_image_encoder_is_read_when_a_picture_comes(
+    files: dict[str, Path], tokens: Path, stack: TextStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text to video with a whole LLaVA must not hold 0.6 GB that nobody looks through."""
+    read: list[str] = []
+    build = model.build_part
+    monkeypatch.setattr(
+        model, "build_part", lambda header, item, **how: read.append(item.part) or build(header, item, **how)
+    )
+    found = load_text(files["llava"], files["clip"], tokenizers=places(tokens))
+    assert isinstance(found, TextStack)
+    assert found.sees_images
+    assert_same(found, stack)
+    assert read == ["llama", "clip"]
+    assert not [name for name in found.state_dict() if name.startswith("vision.")]
+    with pytest.raises(UserError, match="alpha"):  # what can be refused is refused before
+        found.encode_with_image([PROMPT], torch.rand(1, 30, 40, 4), interleave=2)
+    assert read == ["llama", "clip"]
+    with torch.inference_mode():
+        found.encode_with_image([PROMPT], torch.rand(1, 30, 40, 3), interleave=2)
+    assert read == ["llama", "clip", "vision"]
+    assert_same(found, stack, image=True)
+    assert read == ["llama", "clip", "vision"]
+    assert not any(parameter.is_inference() or parameter.requires_grad for parameter in found.parameters())
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vidgen.benchmarks.full_size import write_random
-from vidgen.benchmarks.full_size_text import clip_entries, llama_entries, stub_clip_files, stub_llama_tokenizer
 from vidgen.nodes import host as hosts
 from vidgen.nodes.loaders import LoadTextEncoders
 from vidgen.nodes.text import EncodePrompt
 from vidgen.vidgen_core.bundle import load_bundle
 from vidgen.vidgen_core.errors import CheckpointError, FileError, SettingsError
-from vidgen.vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, VisionDims
-from vidgen.vidgen_core.families.hunyuan.text_files import build_vision_part
-from vidgen.vidgen_core.weights.save import save_tensors
 
 PROMPT = "a red circle"
-LLAMA = replace(LlamaDims(), hidden_size=128, num_layers=3, num_heads=1, num_kv_heads=1, intermediate_size=64)
-CLIP = replace(ClipDims(), hidden_size=64, num_layers=2, num_heads=1, intermediate_size=32)
-VISION = VisionDims(
-    image_size=28, hidden_size=64, num_layers=2, num_heads=1, intermediate_size=32, out_size=128, skip_layers=0
-)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory, write_encoders: Callable[[Path], None]) -> Path:
     """ComfyUI's ``models`` with published-like files and tokenizers in the shared places."""
     root = tmp_path_factory.mktemp("models")
-    for folder in ("text_encoders/llama", "text_encoders/clip", "clip", "clip_vision"):
-        (root / folder).mkdir(parents=True)
-    write_random(root / "text_encoders" / "llava_llama3.safetensors", llama_entries(LLAMA))
-    write_random(root / "clip" / "clip_l.safetensors", clip_entries(CLIP))
-    torch.manual_seed(0)
-    eyes = build_vision_part(VISION, {}).state_dict()
-    eyes |= {f"vision.vision_model.post_layernorm.{leaf}": torch.ones(64) for leaf in ("weight", "bias")}
-    save_tensors(root / "clip_vision" / "eyes.safetensors", {n.removeprefix("vision."): t for n, t in eyes.items()})
-    (root / "text_encoders" / "llama" / "tokenizer.json").write_text(stub_llama_tokenizer(PROMPT), encoding="utf-8")
-    stub_clip_files(root / "text_encoders" / "clip")
+    write_encoders(root)
     return root
 
 
@@ -55,14 +36,16 @@ def here(models: Path, tmp_path: Path) -> Any:
 @pytest.fixture(scope="module")
 def encoders(models: Path) -> Any:
     with hosts.using(hosts.LocalNodeHost(folders=[models])):
-        return LoadTextEncoders().load("llava_llama3.safetensors", "auto", "clip_l.safetensors", "eyes.safetensors")[0]
+        return LoadTextEncoders().load(
+            "llava_llama3_fp8_scaled.safetensors", "auto", "clip_l.safetensors", "llava_llama3_vision.safetensors"
+        )[0]
 
 
 def test_files_of_all_folders_are_listed(here: Any) -> None:
     lists = {name: spec[0] for name, spec in LoadTextEncoders.INPUT_TYPES()["optional"].items()}
     assert lists["second_name"][0] == lists["vision_name"][0] == "none"
-    assert {"llava_llama3.safetensors", "clip_l.safetensors"} <= set(lists["second_name"])
-    assert "eyes.safetensors" in lists["vision_name"]
+    assert {"llava_llama3_fp8_scaled.safetensors", "clip_l.safetensors"} <= set(lists["second_name"])
+    assert "llava_llama3_vision.safetensors" in lists["vision_name"]
 
 
 def test_encoders_of_three_files_encode(encoders: Any) -> None:
@@ -89,18 +72,20 @@ def test_an_own_template(encoders: Any) -> None:
 
 
 def test_a_picture_needs_eyes(here: Any) -> None:
-    (blind,) = LoadTextEncoders().load("clip_l.safetensors", "auto", "llava_llama3.safetensors")
+    (blind,) = LoadTextEncoders().load("clip_l.safetensors", "auto", "llava_llama3_fp8_scaled.safetensors")
     with pytest.raises(CheckpointError, match="cannot see pictures"):
         EncodePrompt().encode(blind, PROMPT, "video", image=torch.rand(1, 8, 8, 3))
 
 
 def test_the_eyes_are_not_text_encoders(here: Any) -> None:
     with pytest.raises(CheckpointError, match="lack LLaMA"):
-        LoadTextEncoders().load(str(here.folders[0] / "clip_vision" / "eyes.safetensors"), "auto", "clip_l.safetensors")
+        LoadTextEncoders().load(
+            str(here.folders[0] / "clip_vision" / "llava_llama3_vision.safetensors"), "auto", "clip_l.safetensors"
+        )
 
 
 def test_a_folder_of_tokenizers_is_named(here: Any, models: Path, tmp_path: Path) -> None:
-    names = ("llava_llama3.safetensors", "auto", "clip_l.safetensors", "none")
+    names = ("llava_llama3_fp8_scaled.safetensors", "auto", "clip_l.safetensors", "none")
     assert LoadTextEncoders().load(*names, str(models / "text_encoders"))[0].tokenizer is not None
     (models / "text_encoders" / "mine").mkdir()
     shutil.copytree(models / "text_encoders" / "llama", models / "text_encoders" / "mine" / "llama")
@@ -145,7 +130,7 @@ def network_and_vae(folder: Path) -> None:
 def test_a_folder_as_diffusers_lays_it_out(models: Path, tmp_path: Path) -> None:
     """LLaMA and CLIP in text_encoder and text_encoder_2, their tokenizers in tokenizer and tokenizer_2."""
     network_and_vae(tmp_path)
-    for source, place in (("text_encoders/llava_llama3", "text_encoder"), ("clip/clip_l", "text_encoder_2")):
+    for source, place in (("text_encoders/llava_llama3_fp8_scaled", "text_encoder"), ("clip/clip_l", "text_encoder_2")):
         (tmp_path / place).mkdir()
         (tmp_path / place / "model.safetensors").symlink_to(models / f"{source}.safetensors")
     with pytest.raises(CheckpointError, match="tokenizer of LLaMA was not found"):
@@ -163,6 +148,8 @@ def test_a_folder_as_diffusers_lays_it_out(models: Path, tmp_path: Path) -> None
 def test_a_folder_without_clip(models: Path, tmp_path: Path) -> None:
     network_and_vae(tmp_path)
     (tmp_path / "text_encoder").mkdir()
-    (tmp_path / "text_encoder" / "model.safetensors").symlink_to(models / "text_encoders" / "llava_llama3.safetensors")
+    (tmp_path / "text_encoder" / "model.safetensors").symlink_to(
+        models / "text_encoders" / "llava_llama3_fp8_scaled.safetensors"
+    )
     with pytest.raises(CheckpointError, match="lack CLIP"):
         load_bundle(tmp_path)

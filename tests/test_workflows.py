@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import vidgen
 from vidgen.headless.cli import main
@@ -15,8 +17,11 @@ from vidgen.headless.executor import check, input_specs
 from vidgen.headless.graph import has_seed_control, is_widget, to_ui
 from vidgen.headless.render import shipped
 from vidgen.nodes.host import LocalNodeHost
+from vidgen.training.lora import Adapters, LoraSettings, write_loras
+from vidgen.vidgen_core.embeddings import Embeddings, save_embeddings
 from vidgen.vidgen_core.media import read_metadata, read_video
 from vidgen.vidgen_core.memory.host import bundled_models
+from vidgen.vidgen_core.model import load_network, load_text
 
 NODES: dict[str, type] = vidgen.NODE_CLASS_MAPPINGS
 WORKFLOWS = Path(vidgen.__file__).resolve().parent / "workflows"
@@ -48,27 +53,65 @@ def restore(ui: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return prompt
 
 
-SMALL = {
-    "VidGenLoadAll": {"model_folder": None},
+SMALL: dict[str, dict[str, Any]] = {
+    "VidGenLoadAll": {"model_folder": "."},
+    "VidGenLoadModel": {"model_name": "network.safetensors"},
+    "VidGenLoadVAE": {"vae_name": "vae.safetensors"},
+    "VidGenLoadTextEncoders": {"text_name": "text.safetensors"},
+    "VidGenApplyLora": {"lora_name": "lora.safetensors"},
+    "VidGenLoadEmbeddings": {"embeddings_name": "prompt.safetensors"},
     "VidGenSampler": {"steps": 2},
     "VidGenEmptyLatent": {"width": 32, "height": 32, "num_frames": 5},
-    "VidGenImageToVideo": {"width": 32, "height": 32, "num_frames": 5},
+    "VidGenImageToVideo": {"width": 32, "height": 32, "num_frames": 5, "size": "exact"},
     "VidGenLoadVideo": {"max_frames": 5},
     "VidGenFitImages": {"width": 32, "height": 32},
     "VidGenPadVideo": {"overlap": 0},
 }
-"""What makes a shipped workflow run on the random model in a blink, by node; None is the model."""
+"""What makes a shipped workflow run on the random model in a blink, by node; a text of :data:`FILES` is a stand-in."""
+FILES = ("model_folder", "model_name", "vae_name", "text_name", "lora_name", "embeddings_name")
+
+PUBLISHED = {"hunyuan_i2v_v1": {"num_frames": 9}}
+"""workflows for files that are not in the box, and what is larger for them: v1 hides its first four frames"""
+WITHOUT_VIDEO = {"hunyuan_save_embeddings"}
+RENDERED = [name for name in NAMES if name not in WITHOUT_VIDEO]
+BUNDLED_ONLY = [name for name in RENDERED if name not in PUBLISHED]
 
 
-def small(name: str, tiny_bundle_dir: Path) -> list[str]:
-    used = {node["class_type"] for node in shipped(name).values()}
-    settings = [
-        f"{node}.{key}={tiny_bundle_dir if value is None else value}"
-        for node, values in SMALL.items()
-        if node in used
-        for key, value in values.items()
-    ]
-    return [word for setting in settings for word in ("--set", setting)]
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny_bundle_dir: Path) -> Path:
+    """The random model with an encoded prompt and a LoRA for it."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    for path in tiny_bundle_dir.iterdir():
+        (folder / path.name).symlink_to(path)
+    model, text = load_network(folder / "network.safetensors"), load_text(folder / "text.safetensors")
+    features = text.encode(["a red star"])
+    save_embeddings(
+        folder / "prompt.safetensors", Embeddings(features=features, text_config=text.config, prompt="a red star")
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapters = Adapters(model.network, LoraSettings(rank=2), model.family.lora_targets, torch.Generator())
+        for parameter in adapters.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    (written,) = write_loras(folder, adapters, LoraSettings(rank=2, dialects=("musubi",)), model)
+    written.rename(folder / "lora.safetensors")
+    return folder
+
+
+def small(name: str, stand_ins: Path | None) -> dict[tuple[str, str], Any]:
+    """(node, input) -> the value that makes a workflow small; without stand-ins it keeps its own files."""
+    changes = {}
+    for node_id, node in shipped(name).items():
+        for key, value in SMALL.get(node["class_type"], {}).items():
+            if key not in FILES:
+                changes[node_id, key] = PUBLISHED.get(name, {}).get(key, value)
+            elif stand_ins is not None:
+                changes[node_id, key] = str(stand_ins / value)
+    return changes
+
+
+def as_settings(changes: Mapping[tuple[str, str], Any]) -> list[str]:
+    return [word for (node, key), value in changes.items() for word in ("--set", f"{node}.{key}={value}")]
 
 
 SIZES = {"hunyuan_inpaint": (64, 64), "hunyuan_outpaint": (32, 48)}
@@ -76,7 +119,8 @@ SIZES = {"hunyuan_inpaint": (64, 64), "hunyuan_outpaint": (32, 48)}
 
 
 def test_there_are_workflows() -> None:
-    tasks = ("t2v", "i2v", "v2v", "inpaint", "outpaint", "low_memory")
+    tasks = ("t2v", "i2v", "i2v_v1", "v2v", "inpaint", "outpaint", "low_memory", "lora_stack")
+    tasks += ("save_embeddings", "load_embeddings")
     assert {f"hunyuan_{task}" for task in tasks} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
 
@@ -110,22 +154,39 @@ def test_the_drawing_is_readable(name: str) -> None:
             assert a is b or any(apart)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RENDERED)
 def test_a_workflow_runs_and_comes_back_from_its_video(
-    name: str, tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, stand_ins: Path, i2v_v1_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The workflow in the mp4 is the one that ran; queued again it makes the same video."""
     out = tmp_path / "a.mp4"
-    assert main(["render", str(WORKFLOWS / "api" / f"{name}.json"), "-o", str(out), *small(name, tiny_bundle_dir)]) == 0
+    changes = small(name, None if name in PUBLISHED else stand_ins)
+    models = ["--models", str(i2v_v1_models)] if name in PUBLISHED else []
+    file = str(WORKFLOWS / "api" / f"{name}.json")
+    assert main(["render", file, "-o", str(out), *models, *as_settings(changes)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert read_video(out)[0].shape == (5, *SIZES.get(name, (32, 32)), 3)
     tags = read_metadata(out)
     prompt = json.loads(tags["prompt"])
-    assert prompt["1"]["inputs"]["model_folder"] == str(tiny_bundle_dir)
+    assert all(prompt[node]["inputs"][key] == value for (node, key), value in changes.items())
     assert restore(json.loads(tags["workflow"])) == prompt
     (tmp_path / "again.json").write_text(json.dumps(prompt))
-    assert main(["render", str(tmp_path / "again.json"), "-q", "-o", str(tmp_path / "b.mp4")]) == 0
+    assert main(["render", str(tmp_path / "again.json"), "-q", "-o", str(tmp_path / "b.mp4"), *models]) == 0
     assert (tmp_path / "b.mp4").read_bytes() == out.read_bytes()
+
+
+def test_published_files_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything runs, all of them."""
+    file = str(WORKFLOWS / "api" / "hunyuan_i2v_v1.json")
+    assert main(["render", file, "-q", "-o", str(tmp_path / "a.mp4")]) == 1
+    said = capsys.readouterr().err
+    for name in ("hunyuan_video_image_to_video_720p_bf16", "hunyuan_video_vae_bf16", "llava_llama3_fp8_scaled"):
+        assert name in said
+    loaders = {node["class_type"]: node["inputs"] for node in shipped("hunyuan_i2v_v1").values()}
+    page = (WORKFLOWS.parent / "web" / "docs" / "VidGenImageToVideo.md").read_text("utf-8")
+    named = [value for inputs in loaders.values() for value in inputs.values() if str(value).endswith(".safetensors")]
+    assert len(named) == 5
+    assert all(name in page for name in named)
 
 
 def test_numbers_and_links_survive_any_id() -> None:
@@ -150,7 +211,7 @@ def needs_the_bundled_model() -> None:
         pytest.skip("the bundled checkpoint is not complete")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUNDLED_ONLY)
 def test_a_workflow_runs_as_it_is_shipped(name: str, tmp_path: Path) -> None:
     needs_the_bundled_model()
     out = tmp_path / "a.mp4"
@@ -160,6 +221,27 @@ def test_a_workflow_runs_as_it_is_shipped(name: str, tmp_path: Path) -> None:
     assert len(frames) == 17
     assert fps == 8
     assert float(frames.std()) > 4, "the frames are blank"
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    """The two workflows of embeddings together make the video that the plain one makes, to the bit."""
+    needs_the_bundled_model()
+    api, few = WORKFLOWS / "api", ["--set", "VidGenSampler.steps=1"]
+    assert main(["render", str(api / "hunyuan_save_embeddings.json"), "-q", "-o", str(tmp_path / "x.mp4")]) == 0
+    made = sorted((tmp_path / "embeddings").iterdir())
+    assert [path.name for path in made] == ["VidGen_negative_00001.safetensors", "VidGen_prompt_00001.safetensors"]
+    for path, shown in zip(made, ("vidgen-negative", "vidgen-prompt"), strict=True):
+        # The examples were made by this workflow on another machine: sums of 128 numbers in another order.
+        for name, tensor in load_file(path).items():
+            example = load_file(WORKFLOWS / "inputs" / f"{shown}.safetensors")[name]
+            torch.testing.assert_close(tensor, example, rtol=1e-4, atol=1e-5)
+    chosen = [f"{node}.embeddings_name={path}" for node, path in zip("43", made, strict=True)]
+    videos = {"hunyuan_t2v": [], "hunyuan_load_embeddings": [word for one in chosen for word in ("--set", one)]}
+    for name, more in videos.items():
+        out = str(tmp_path / f"{name}.mp4")
+        assert main(["render", str(api / f"{name}.json"), "-q", "-o", out, *few, *more]) == 0
+    plain, loaded = (read_video(tmp_path / f"{name}.mp4")[0] for name in videos)
+    assert (plain == loaded).all()
 
 
 def test_generate_runs_the_shipped_workflow(tmp_path: Path) -> None:

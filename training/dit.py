@@ -25,15 +25,17 @@ from ..vidgen_core.families.hunyuan.config import NetworkConfig
 from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
 from ..vidgen_core.families.hunyuan.text import TextStack
 from ..vidgen_core.generate import Sampling, decode_latents, encode_prompts, sample_latents
-from ..vidgen_core.model import VideoModel, load_text
+from ..vidgen_core.model import VideoModel, load_network, load_text
 from ..vidgen_core.preview import fit_preview
 from ..vidgen_core.timesteps import shift_time
 from ..vidgen_core.types import Conditioning, Defaults, VideoShape
 from .data import detect, shapes
 from .data.latents import load_frozen_codec, open_latents
 from .data.pool import PoolSettings, drawing_odds, pick
+from .data.styles import STYLES
 from .export import export_network
 from .loop import Draw, Objective, mix
+from .lora import Adapters, LoraSettings, write_loras
 from .pictures import contact_sheet, to_pixels
 from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
 from .start import start_from
@@ -99,6 +101,8 @@ class DitRecipe:
     evaluation: DitEvaluationSettings = field(default_factory=DitEvaluationSettings)
     init: str | None = None
     """a network file to start from"""
+    lora: LoraSettings | None = None
+    """train a LoRA of ``init``, whose file then says what ``model`` and ``defaults`` are"""
     compile: bool = False
     """torch.compile the blocks of the network; needs a C++ compiler"""
 
@@ -128,16 +132,20 @@ class DitObjective(Objective):
 
     def __init__(self, recipe: DitRecipe) -> None:
         super().__init__()
+        base = None if recipe.lora is None else _base(recipe)
+        if base is not None:
+            recipe = replace(recipe, model=base.config, defaults=base.defaults)
         self.recipe = recipe
         text = load_text(recipe.text, dtype=torch.float32)
         assert isinstance(text, TextStack)
         self.frozen = Frozen(load_frozen_codec(recipe.codec), text.requires_grad_(False).eval())
-        self.network = HunyuanVideoTransformer(recipe.model)
-        self.network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
-        if recipe.init is not None:
-            start_from(recipe.init, "network", self.network, recipe.model, ignore=("accepts_first_frame",))
-        self.model = VideoModel.of("hunyuan", recipe.model, self.network, defaults=recipe.defaults)
+        self.model = self._new_model() if base is None else base
+        self.network = self.model.network
         self._check()
+        self.adapters = None
+        if recipe.lora is not None:
+            generator = torch.Generator().manual_seed(recipe.run.seed)
+            self.adapters = Adapters(self.network, recipe.lora, self.model.family.lora_targets, generator)
         if recipe.compile:
             _check_compiler()
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
@@ -146,6 +154,14 @@ class DitObjective(Objective):
             # One block of each kind is compiled and serves all of them: the whole network would take far longer.
             for block in (*self.network.double_blocks, *self.network.single_blocks):
                 block.compile(dynamic=True)
+
+    def _new_model(self) -> VideoModel:
+        recipe = self.recipe
+        network = HunyuanVideoTransformer(recipe.model)
+        network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
+        if recipe.init is not None:
+            start_from(recipe.init, "network", network, recipe.model, ignore=("accepts_first_frame",))
+        return VideoModel.of("hunyuan", recipe.model, network, defaults=recipe.defaults)
 
     def _check(self) -> None:
         family, config = self.model.family, self.recipe.model
@@ -162,6 +178,8 @@ class DitObjective(Objective):
 
     def is_hidden(self, name: str) -> bool:
         """Attention and MLP matrices of the blocks; embedders, modulations and the output stay with AdamW."""
+        if self.adapters is not None:
+            return False
         layers = ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2", "linear1", "linear2")
         return "blocks." in name and name.removesuffix(".weight").endswith(layers)
 
@@ -268,7 +286,8 @@ class DitObjective(Objective):
     def _validation_errors(self, first: int, end: int) -> Tensor:
         """(end - first,) losses of the clips of these numbers, on the CPU."""
         clips = [self._unseen_scene(1_000_000 + 2 * i) for i in range(first, end)]
-        video = torch.stack([torch.from_numpy(shapes.render(scene)) for scene, _ in clips]).float() / 127.5 - 1
+        draw = STYLES[self.recipe.pool.style]
+        video = torch.stack([torch.from_numpy(draw(shapes.render(scene))) for scene, _ in clips]).float() / 127.5 - 1
         x0 = self.frozen.codec.encode(video)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(mix(first)))
         t = (torch.arange(first, end) % 16 + 0.5) / 16
@@ -293,7 +312,14 @@ class DitObjective(Objective):
         return videos
 
     def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
-        """Write ``network.safetensors``."""
+        """Write ``network.safetensors``, or the LoRA in each of its spellings."""
+        description = f"trained {summary['steps']} steps in {summary['minutes']} min, seed {summary['seed']}"
+        if self.adapters is not None:
+            assert self.recipe.lora is not None
+            notes = {"title": self.recipe.run.name, "description": description}
+            for path in write_loras(folder, self.adapters, self.recipe.lora, self.model, **notes):
+                log.info("Wrote %s", path)
+            return
         path = folder / "network.safetensors"
         export_network(
             path,
@@ -303,9 +329,24 @@ class DitObjective(Objective):
             preview=fit_preview(self.frozen.codec),
             dtype=torch.float16,
             title="VidGen tiny HunyuanVideo",
-            description=f"trained {summary['steps']} steps in {summary['minutes']} min, seed {summary['seed']}",
+            description=description,
         )
         log.info("Wrote %s", path)
+
+
+def _base(recipe: DitRecipe) -> VideoModel:
+    """The network that a LoRA is trained for, in float32, frozen."""
+    assert recipe.lora is not None
+    recipe.lora.check()
+    if recipe.init is None:
+        raise RecipeError(
+            "A LoRA is trained for a network that is there already", given="[lora] without init", do='add init = "FILE"'
+        )
+    if recipe.model != NetworkConfig():
+        raise RecipeError(
+            "The network of a LoRA is what its file says", given="[model] beside [lora]", do="leave [model] out"
+        )
+    return load_network(recipe.init, dtype=torch.float32)
 
 
 def _check_compiler() -> None:

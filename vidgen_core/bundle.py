@@ -103,6 +103,12 @@ def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Foun
     return headers, found
 
 
+def sees_images(headers: Mapping[str, Header], found: Mapping[str, Found]) -> bool:
+    """Whether the text encoders of :func:`find_parts` can be shown a picture."""
+    family = found["network"].family
+    return family.text.sees_images(text_config_of(_text_files(headers, found)))
+
+
 def _text_files(headers: Mapping[str, Header], found: Mapping[str, Found]) -> TextFiles:
     return {part: (headers[part], item) for part, item in found.items() if part in item.family.text.parts}
 

@@ -22,7 +22,7 @@ from .bundle import load_bundle as load_bundle  # the way in, offered here with 
 from .codec import Codec
 from .diffusion import Diffusion
 from .errors import NumericsError, SettingsError
-from .families import ImageMode, TextEncoder
+from .families import ImageMode, KeyframeRules, TextEncoder
 from .guidance import cfg, cfg_schedule, hold, keep
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
 from .memory.host import Host, LocalHost, available_cores
@@ -160,10 +160,39 @@ def check_prompts(prompt: object) -> list[str]:
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A picture in the encoded prompt."""
+
+    image: Tensor
+    """(H, W, 3) in [0, 1]"""
+    interleave: int
+    """every how many-th of its tokens is kept"""
+
+    def black(self) -> Seen:
+        """What stands beside a negative prompt in the published sampler."""
+        return replace(self, image=torch.zeros_like(self.image))
+
+
+def seen_picture(text: TextEncoder, rules: KeyframeRules, config: Any, image: Tensor | None) -> Seen | None:
+    """``image`` as the prompt's, if the network was trained so and the text encoders have eyes."""
+    interleave = rules.interleave(config)
+    return None if image is None or interleave is None or not text.sees_images else Seen(image, interleave)
+
+
 def encode_prompts(
-    text: TextEncoder, model: VideoModel, prompts: Sequence[str], *, guidance: float | None = None, image: bool = False
+    text: TextEncoder,
+    model: VideoModel,
+    prompts: Sequence[str],
+    *,
+    guidance: float | None = None,
+    image: bool = False,
+    seen: Seen | None = None,
 ) -> Conditioning:
     """What the network is told for these prompts, on its device; ``image`` takes the template for single frames.
+
+    Args:
+        seen: the picture that the prompts speak of, where the text encoders see it.
 
     Each distinct prompt is encoded once and on its own, so that its features do not depend on its neighbours.
     """
@@ -171,7 +200,10 @@ def encode_prompts(
         known: dict[str, Conditioning] = {}
         for prompt in prompts:
             if prompt not in known:
-                features = text.encode([prompt], image_mode=image)
+                if seen is None:
+                    features = text.encode([prompt], image_mode=image)
+                else:
+                    features = text.encode_with_image([prompt], seen.image, interleave=seen.interleave)
                 known[prompt] = model.conditioning(features, guidance=guidance).to(model.device)
         return join(*(known[prompt] for prompt in prompts))
 
@@ -469,6 +501,7 @@ def generate(
     keyframes: Sequence[Keyframe] = (),
     method: str = "auto",
     mode: str | None = None,
+    prompt_image: Tensor | None = None,
     host: Host | None = None,
 ) -> Tensor:
     """A video for each prompt (and ``num_videos`` of each).
@@ -479,6 +512,8 @@ def generate(
         keyframes: pictures of the video's size that it goes on from.
         method: how the network takes them, where the checkpoint does not say (see :func:`with_keyframes`).
         mode: how closely motion keeps to them, a key of ``family.keyframes.modes``; None: the family's default.
+        prompt_image: (H, W, 3) in [0, 1]: the picture as text encoders with eyes see it, whole; None: as the first
+            keyframe shows it.
 
     Returns:
         (B, 3, T, H, W) float32 in [-1, 1] on the CPU.
@@ -500,7 +535,8 @@ def generate(
     settings.check(model.diffusion)
     shape = shape or bundle.default_shape
     shape.check(bundle.codec.grid, patch=model.family.patch(model.config))
-    rules.check(image_method(model, method)(model.config), keyframes, shape.num_frames)
+    told = image_method(model, method)(model.config)
+    rules.check(told, keyframes, shape.num_frames)
     prompts = [text for text in prompts for _ in range(settings.num_videos)]
     assert settings.negative_prompt is not None
     latent_shape = (len(prompts), *shape.latent_shape(bundle.codec.grid))
@@ -509,17 +545,23 @@ def generate(
     with using_threads(threads):
         host.progress("encode", 0, 1)
         image = shape.num_frames == 1
-        positive = encode_prompts(bundle.text, model, prompts, guidance=settings.guidance, image=image)
+        if prompt_image is None and keyframes:
+            prompt_image = keyframes[0].image[0].movedim(0, -1) / 2 + 0.5
+        seen = seen_picture(bundle.text, rules, told, prompt_image)
+        positive = encode_prompts(bundle.text, model, prompts, guidance=settings.guidance, image=image, seen=seen)
         negative = None
         if settings.cfg != 1.0:
             texts = [settings.negative_prompt]
-            negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image)
+            black = None if seen is None else seen.black()
+            negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image, seen=black)
         pictures = encode_keyframes(bundle.codec, keyframes, shape)
         host.progress("encode", 1, 1)
 
     positive = with_keyframes(model, positive, pictures, latent_shape, method=method)
     start = repeat_over_frames(pictures[0].latents, latent_shape) if pictures else None
     identity = {"prompt": prompts, "text encoders": bundle.text.fingerprint}
+    if seen is not None:
+        identity["seen"] = fingerprint(Conditioning(concat=seen.image))
     if start is not None:
         identity["image"] = fingerprint(Conditioning(concat=start))
     run = _run_file(model, latent_shape, settings, identity)

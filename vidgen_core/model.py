@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -479,12 +480,15 @@ def text_of(
     family = next(iter(files.values()))[1].family
     headers = {part: header for part, (header, _) in files.items()}
     found = family.text.tokenizers(config, headers, tokenizers or TokenizerPlaces())
-    modules = {}
+    modules, later = {}, {}
     for part, (header, item) in files.items():
+        if part in family.text.later:
+            later[part] = partial(build_part, header, item, dtype=dtype, device=device)
+            continue
         streamed = must_stream(header, device) if stream is None else stream
         blocks = family.text.blocks.get(part, ()) if streamed else ()
         modules[part] = build_part(header, item, dtype=dtype, device=device, stream=blocks)
-    stack = family.text.join(config, modules, found)
+    stack = family.text.join(config, modules, found, later)
     stack.fingerprint = "+".join(dict.fromkeys(header.digest for header in headers.values()))  # type: ignore[assignment]
     return stack
 

@@ -210,9 +210,9 @@ def shape_name(frames: np.ndarray, masks: np.ndarray, *, upright: bool = True) -
         part, *others = components(masks[index])
         rows, columns = np.nonzero(part)
         cut = rows.min() == 0 or columns.min() == 0 or rows.max() == height - 1 or columns.max() == width - 1
-        alone = _dilated(part[None], 3)[0]
+        alone = dilated(part[None], 3)[0]
         for other in others:
-            alone &= ~_dilated(other[None], 1)[0]
+            alone &= ~dilated(other[None], 1)[0]
         seen = _normalised(cover[index] * alone).reshape(-1)
         seen /= np.linalg.norm(seen)
         for shape, templates in _templates(upright).items():
@@ -231,7 +231,7 @@ def camera_motion(frames: np.ndarray, masks: np.ndarray) -> tuple[str, float, fl
     """(label, drift, zoom): pixels that the background moves to the right, and its log magnification,
     over the whole clip. Exactly one of the two is non-zero unless the camera is static."""
     image = frames.mean(0)
-    hidden = _dilated(masks, max(2, masks.shape[-1] // 10))  # shadows move with the objects: leave them out
+    hidden = dilated(masks, max(2, masks.shape[-1] // 10))  # shadows move with the objects: leave them out
     last = len(image) - 1
     if last < 2:
         return "static", 0.0, 0.0
@@ -277,7 +277,8 @@ def _errors(
     return np.asarray(errors)
 
 
-def _dilated(masks: np.ndarray, steps: int) -> np.ndarray:
+def dilated(masks: np.ndarray, steps: int) -> np.ndarray:
+    """Masks (T, H, W) grown by a pixel to each side, ``steps`` times."""
     for _ in range(steps):
         padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
         masks = (

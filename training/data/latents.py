@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,8 @@ def open_latents(settings: PoolSettings, codec_path: str | Path, *, processes: i
 
 def latent_folder(settings: PoolSettings, codec: HunyuanCodec) -> Path:
     """Where the latents of these clips under this encoder lie."""
-    facts = asdict(settings) | {"source": hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()}
-    del facts["folder"], facts["num_clips"]
+    facts = settings.facts()
+    del facts["num_clips"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(repr(codec.config.scaling_factor).encode())
     for part in (codec.vae.encoder, codec.vae.quant_conv):

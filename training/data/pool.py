@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from ...vidgen_core.errors import RecipeError
 from ...vidgen_core.weights.config import unknown_name
-from . import shapes
+from . import shapes, styles
 
 log = logging.getLogger("vidgen")
 
@@ -39,6 +40,8 @@ class PoolSettings:
     seed: int = 0
     max_interval: int = 1
     """clip frames between drawn frames are 1, or for every fourth clip a random number up to this"""
+    style: Literal["plain", "night"] = "plain"
+    """a key of ``styles.STYLES``"""
     folder: str = "cache"
 
     @property
@@ -46,11 +49,23 @@ class PoolSettings:
         """(3, T, H, W)"""
         return (3, self.num_frames, self.size_px, self.size_px)
 
-    def path(self) -> Path:
-        facts = asdict(self) | {"source": hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()}
+    def facts(self) -> dict[str, Any]:
+        """Everything that shapes the contents, the drawing code included."""
+        facts = asdict(self) | {"source": _digest_of(shapes.__file__)}
         del facts["folder"]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        if self.style == "plain":
+            del facts["style"]  # pools that were drawn before there were styles are still good
+        else:
+            facts["style_source"] = _digest_of(styles.__file__)
+        return facts
+
+    def path(self) -> Path:
+        digest = hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()[:12]
         return Path(self.folder) / f"clips-{digest}.u8"
+
+
+def _digest_of(source: str) -> str:
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()
 
 
 def scene_of(settings: PoolSettings, index: int) -> tuple[shapes.Scene, np.random.Generator]:
@@ -64,9 +79,10 @@ def draw_clip(settings: PoolSettings, index: int) -> np.ndarray:
     """Clip ``index``: uint8 (3, T, H, W)."""
     scene, rng = scene_of(settings, index)
     interval = int(rng.integers(1, settings.max_interval + 1)) if index % 4 == 3 else 1
-    return shapes.render(
+    clip = shapes.render(
         scene, num_frames=settings.num_frames, height_px=settings.size_px, width_px=settings.size_px, interval=interval
     )
+    return styles.STYLES[settings.style](clip)
 
 
 def open_pool(settings: PoolSettings, *, processes: int = 1) -> np.ndarray:

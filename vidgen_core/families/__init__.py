@@ -47,8 +47,23 @@ class TextEncoder(Protocol):
     fingerprint: str
     """of the files the weights came from"""
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether a prompt can be encoded together with a picture."""
+        ...
+
     def encode(
         self, prompts: Sequence[str], *, image_mode: bool = False, custom_template: str | None = None
+    ) -> Any: ...
+
+    def encode_with_image(
+        self,
+        prompts: Sequence[str],
+        image: Tensor,
+        *,
+        interleave: int,
+        image_mode: bool = False,
+        custom_template: str | None = None,
     ) -> Any: ...
 
 
@@ -78,12 +93,16 @@ class TextAssembly:
     """config by part -> the text config; CheckpointError where an encoder is missing or they do not fit"""
     tokenizers: Callable[[Config, Mapping[str, Header], TokenizerPlaces], Any]
     """(text config, file by part, where to look) -> what ``join`` takes; FileError or CheckpointError without them"""
-    join: Callable[[Config, Mapping[str, nn.Module], Any], nn.Module]
-    """(text config, module by part, tokenizers) -> the text encoder"""
+    join: Callable[[Config, Mapping[str, nn.Module], Any, Mapping[str, Callable[[], nn.Module]]], nn.Module]
+    """(text config, module by part, tokenizers, what loads a part of ``later``) -> the text encoder"""
     blocks: Mapping[str, tuple[str, ...]]
     """by part: paths of the module lists whose blocks may stay in the file"""
+    later: tuple[str, ...]
+    """parts whose weights stay in the file until they are needed"""
     widths: Callable[[Config], tuple[int, int]]
     """text config -> width of the states per token and of the pooled vector"""
+    sees_images: Callable[[Config], bool]
+    """text config -> whether a prompt can be encoded together with a picture"""
     stranger: Callable[[Shapes], str | None]
     """what a file is that holds no encoder of this family, if that can be told"""
 
@@ -115,6 +134,8 @@ class KeyframeRules:
     """the first one is the default"""
     hidden_frames: Callable[[Config], int]
     """frames at the start of a decoded video that are not meant to be seen"""
+    interleave: Callable[[Config], int | None]
+    """every how many-th token of a given picture stands in the encoded prompt; None: the prompt says nothing of it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,11 +114,12 @@ class LocalHost:
         if ".." not in Path(name.replace("\\", "/")).parts and not direct.is_absolute():
             model, _, file = name.replace("\\", "/").partition("/")
             places = [root / folder / name for root in self.folders for folder in (*folders_of(kind), "")]
-            places += [bundled[model] / file] if model in bundled and file else []
+            places += [bundled_folder(kind, bundled[model]) / file] if model in bundled and file else []
             for place in places:
                 if name and place.exists():
                     return place
-        listed = ", or one of " + ", ".join(_bundled_files(bundled)) if kind in PARTS else ""
+        files = _bundled_files(kind, bundled)
+        listed = ", or one of " + ", ".join(files) if files else ""
         raise FileError(
             f"No {kind} checkpoint of this name was found",
             given=name,
@@ -144,8 +145,14 @@ def bundled_models() -> dict[str, Path]:
     return {path.name: path for path in folders if any(path.glob("*.safetensors"))}
 
 
-def _bundled_files(models: Mapping[str, Path]) -> list[str]:
-    return [f"{name}/{file.name}" for name, root in models.items() for file in sorted(root.glob("*.safetensors"))]
+def bundled_folder(kind: str, model: Path) -> Path:
+    """Where a bundled model's files of a kind lie: its parts beside each other, its LoRAs in a folder of their own."""
+    return model / FOLDERS[kind] if kind == "lora" else model
+
+
+def _bundled_files(kind: str, models: Mapping[str, Path]) -> list[str]:
+    folders = {name: bundled_folder(kind, root) for name, root in models.items()}
+    return [f"{name}/{file.name}" for name, root in folders.items() for file in sorted(root.glob("*.safetensors"))]
 
 
 def available_memory() -> int:

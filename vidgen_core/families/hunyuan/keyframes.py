@@ -130,6 +130,13 @@ def _told_to_replace(config: NetworkConfig) -> NetworkConfig:
     return replace(config, accepts_first_frame=True)
 
 
+def interleave(config: NetworkConfig) -> int | None:
+    """As published: 2 for v1, 4 for v2. Networks that know no first frame were trained on prompts alone."""
+    if config.image_condition == "latent_concat":
+        return 2
+    return 4 if config.image_condition == "token_replace" or config.accepts_first_frame else None
+
+
 RULES = KeyframeRules(
     check=check,
     condition=condition,
@@ -137,5 +144,6 @@ RULES = KeyframeRules(
     methods={"auto": lambda config: config, "token_replace": _told_to_replace},
     # The published sampler's two settings: motion close to the picture, or more of it.
     modes={"stability": ImageMode(start_share=0.001), "dynamic": ImageMode(shift=17.0)},
+    interleave=interleave,
     hidden_frames=lambda config: CONCAT_HIDDEN_FRAMES if config.image_condition == "latent_concat" else 0,
 )

@@ -7,7 +7,7 @@ Source: Tencent's HunyuanVideo and HunyuanVideo-I2V repositories (``hyvideo/text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,10 +87,32 @@ class TextStack(nn.Module):
         self.llama = build_llama(config.llama)
         self.clip = ClipText(config.clip)
         self.vision = None if config.vision is None else LlavaVision(config.vision)
+        self.read_vision: Callable[[], LlavaVision] | None = None
+        """gives the image encoder where its weights were left in the file until a picture comes"""
 
     @property
     def device(self) -> torch.device:
         return next(self.llama.parameters()).device
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether there is an image encoder, read already or not."""
+        return self.vision is not None or self.read_vision is not None
+
+    def eyes(self) -> LlavaVision:
+        """The image encoder, read from its file now if that was put off; CheckpointError without one."""
+        if self.vision is None and self.read_vision is not None:
+            with torch.inference_mode(False):  # it outlives this call
+                self.vision = self.read_vision().to(self.device).eval().requires_grad_(False)
+            self.read_vision = None
+        if self.vision is None:
+            raise CheckpointError(
+                "These text encoders cannot see pictures",
+                given="LLaMA and CLIP without LLaVA's image encoder",
+                expected="the image encoder, llava_llama3_vision.safetensors, or the whole LLaVA in one file",
+                do="load it with the text encoders, or encode the prompt without a picture",
+            )
+        return self.vision
 
     def metadata(self) -> dict[str, str]:
         """The tokenizers as entries for the metadata of a safetensors file."""
@@ -255,13 +277,6 @@ class TextStack(nn.Module):
             CheckpointError: there is no image encoder.
             SettingsError: not a picture, as many pictures as neither 1 nor B, or an interleave below 1.
         """
-        if self.vision is None:
-            raise CheckpointError(
-                "These text encoders cannot see pictures",
-                given="LLaMA and CLIP without LLaVA's image encoder",
-                expected="the image encoder, llava_llama3_vision.safetensors, or the whole LLaVA in one file",
-                do="load it with the text encoders, or encode the prompt without a picture",
-            )
         check_images(image)
         if interleave < 1:
             raise SettingsError(
@@ -276,8 +291,9 @@ class TextStack(nn.Module):
             )
         template = self.template(image_mode=image_mode, with_image=True, custom=custom_template)
         tokens = self.tokenize(prompts, image_mode=image_mode, with_image=True, custom_template=custom_template)
-        pixels = clip_pixels(image, self.vision.dims.image_size).to(self.device)
-        seen = self.vision(pixels).expand(len(prompts), -1, -1)
+        eyes = self.eyes()
+        pixels = clip_pixels(image, eyes.dims.image_size).to(self.device)
+        seen = eyes(pixels).expand(len(prompts), -1, -1)
         tokens, used = self._placed(tokens)
         used = max(used, tokens.crop_start + template.assistant_tokens)
         tokens = replace(tokens, ids=tokens.ids[:, :used], mask=tokens.mask[:, :used])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -149,10 +149,19 @@ def clip_misfit(config: TextConfig, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def join_stack(config: TextConfig, parts: Mapping[str, nn.Module], tokenizers: Tokenizers) -> nn.Module:
-    """The stack around encoders that were loaded, by part."""
+def join_stack(
+    config: TextConfig,
+    parts: Mapping[str, nn.Module],
+    tokenizers: Tokenizers,
+    later: Mapping[str, Callable[[], nn.Module]] | None = None,
+) -> nn.Module:
+    """The stack around encoders that were loaded, by part; ``later`` loads the image encoder when a picture comes."""
     with torch.device("meta"):
         stack = TextStack(config, *tokenizers)
+    if later:
+        read = later["vision"]
+        stack.vision = None
+        stack.read_vision = lambda: cast(LlavaVision, read().get_submodule("vision"))
     for module in parts.values():
         for name, encoder in module.named_children():
             setattr(stack, name, encoder)
