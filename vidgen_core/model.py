@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
-from .errors import CheckpointError, SettingsError
+from .errors import CheckpointError, SettingsError, unknown_name
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
-from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
+from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, can_merge, describe, module_names
+from .memory.compiled import MODES, compiled, will_compile
 from .memory.host import available_memory
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
@@ -49,6 +50,8 @@ class VideoModel:
     """how to show unfinished latents, if the checkpoint says so"""
     loras: tuple[LoraUse, ...] = ()
     """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
+    compile_mode: str | None = None
+    """how the blocks are compiled inside :meth:`patched`, a name of ``memory.compiled.MODES``; None: they are not"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -104,19 +107,42 @@ class VideoModel:
             config = replace(config, in_channels=channels)
         return replace(self, config=config, loras=(*self.loras, use))
 
+    def with_compile(self, mode: str = "default") -> VideoModel:
+        """This model with blocks that are compiled when they first run, around the same network.
+
+        Raises:
+            SettingsError: there is no such mode.
+        """
+        if mode not in MODES:
+            raise unknown_name("mode of torch.compile", mode, MODES)
+        return replace(self, compile_mode=mode)
+
+    @property
+    def will_compile(self) -> bool:
+        """Whether the next step compiles, and so takes longer."""
+        return self.compile_mode is not None and will_compile(self.network, self.family.blocks, self.compile_mode)
+
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """The network with this model's LoRAs, for the time of the block; not to be nested."""
-        if not self.loras:
+        """The network with this model's LoRAs, its blocks compiled if they are to be; not to be nested."""
+        with contextlib.ExitStack() as stack:
+            if self.loras:
+                before = self.network.config
+                stack.enter_context(apply_loras(self.network, self._uses()))
+                self.network.config = self.config  # a LoRA may have enlarged the input
+                stack.callback(setattr, self.network, "config", before)
+            if self.compile_mode is not None:
+                stack.enter_context(compiled(self.network, self.family.blocks, mode=self.compile_mode))
             yield
-            return
-        before = self.network.config
-        with apply_loras(self.network, self.loras):
-            self.network.config = self.config  # a LoRA may have enlarged the input
-            try:
-                yield
-            finally:
-                self.network.config = before
+
+    def _uses(self) -> tuple[LoraUse, ...]:
+        """LoRAs whose mode is left to us are merged where the blocks are compiled, if the weights can be changed."""
+        if self.compile_mode is None:
+            return self.loras
+        return tuple(
+            replace(use, mode="merge") if use.mode == "auto" and can_merge(self.network, use) else use
+            for use in self.loras
+        )
 
     def conditioning(self, features: Any, *, guidance: float | None = None) -> Conditioning:
         """What the network is told for these text features; ``guidance`` None takes the checkpoint's default."""

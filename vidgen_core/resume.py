@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -13,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FileError, SettingsError
+from .finite import is_finite
 from .sampling import SamplerState
 
 log = logging.getLogger("vidgen")
 
 SAVE_EVERY_S = 30.0
 """a killed process loses at most this much, and a run shorter than this writes nothing unless it is interrupted"""
+
+
+KEPT_S = 14 * 24 * 3600.0
+"""how long a folder of runs keeps one that is not taken up"""
+ENDING = ".unfinished"
 
 
 class RunFile:
@@ -41,6 +48,17 @@ class RunFile:
             raise FileError("The run cannot be kept here", given=path, expected="a file in an existing folder")
         if not os.access(path.parent, os.W_OK):
             raise FileError("The run cannot be kept here", given=path, do="choose a folder that you may write to")
+        for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def at(cls, path: Path, identity: Mapping[str, Any]) -> RunFile:
+        """In a file, or in a folder where the name is made of the identity: the same inputs find it again."""
+        if not path.is_dir():
+            return cls(path, identity)
+        _forget_old(path)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return cls(path / f"{digest}{ENDING}", identity)
 
     def load(self) -> SamplerState:
         """The state to go on from; an empty one when there is no file.
@@ -87,7 +105,9 @@ class RunFile:
 
     def save(self) -> None:
         """Write the last state; a finished run too, as long as its result is in no file: decoding may be stopped."""
-        if self._last is None or self._last.step == 0:
+        if self._last is None or self._last.step == 0 or self._last.x is None:
+            return
+        if not is_finite(self._last.x):  # known late on a GPU; the file of the steps before stays
             return
         try:
             self._last.save(self.path)
@@ -98,6 +118,14 @@ class RunFile:
     def remove(self) -> None:
         """The run is done."""
         self.path.unlink(missing_ok=True)
+
+
+def _forget_old(folder: Path) -> None:
+    """Runs that nobody has taken up for a long time."""
+    for path in folder.glob(f"*{ENDING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
 
 
 def _short(value: object, limit: int = 80) -> str:

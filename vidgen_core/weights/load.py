@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..memory.cancel import check_cancelled
 from ..memory.stream import BlockStream
 from .files import MappedFile, PlainFile
 from .layout import Layout
@@ -62,6 +63,7 @@ def load_module(
     blocks = [f"{path}.{name}" for path in stream for name, _ in module.get_submodule(path).named_children()]
     state = dict(wanted)
     for group in sources.resident(blocks):
+        check_cancelled()
         state.update(sources.state(group, sources.read(group)))
     module.load_state_dict(state, strict=True, assign=True)
     if blocks:
@@ -239,6 +241,7 @@ def check_numbers(header: Header) -> None:
             path: stack.enter_context(PlainFile(path)) for path in {place.file for place in header.places.values()}
         }
         for name, info in header.tensors.items():
+            check_cancelled()
             if info.packing is None and not info.dtype.is_floating_point:
                 continue
             place = header.places[name]
