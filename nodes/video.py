@@ -208,6 +208,7 @@ class SaveVideo:
         frames = told(images_to_frames(images), len(images), host)
         with listening(host):
             write_video(path, frames, fps=fps, metadata=metadata, crf=crf)
+        host.result_saved()
         shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
         return {"ui": {"images": [shown], "animated": (True,)}}
 

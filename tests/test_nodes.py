@@ -65,6 +65,7 @@ WIDGETS_FOREVER = {
     "VidGenPadVideo": ["left", "top", "right", "bottom", "overlap"],
     "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
     "VidGenFromConditioning": [],
+    "VidGenCompile": ["mode"],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 
@@ -410,6 +411,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bundle_dir: Path
             "get_folder_paths": lambda folder: [str(tmp_path / "models" / folder)],
             "get_full_path": lambda folder, name: str(tiny_bundle_dir / name) if name == "vae.safetensors" else None,
             "get_output_directory": lambda: str(tmp_path / "output"),
+            "get_user_directory": lambda: str(tmp_path / "user"),
             "get_input_directory": lambda: str(tmp_path / "input"),
             "get_save_image_path": get_save_image_path,
             "exists_annotated_filepath": lambda name: (tmp_path / "input" / name).is_file(),

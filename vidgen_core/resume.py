@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import FileError, SettingsError
+from .errors import CheckpointError, FileError, SettingsError
 from .finite import is_finite
 from .sampling import SamplerState
 
@@ -23,8 +23,8 @@ SAVE_EVERY_S = 30.0
 """a killed process loses at most this much, and a run shorter than this writes nothing unless it is interrupted"""
 
 
-KEPT_S = 14 * 24 * 3600.0
-"""how long a folder of runs keeps one that is not taken up"""
+MAX_KEPT = 8
+"""runs in a folder of them; the oldest go, as nobody has taken them up"""
 ENDING = ".unfinished"
 
 
@@ -42,6 +42,8 @@ class RunFile:
         """
         self.path = path
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.is_asked_for = True
+        """the user named this file; else a damaged one is no reason to stop"""
         self._last: SamplerState | None = None
         self._saved_at = time.monotonic()
         if path.is_dir() or not path.parent.is_dir():
@@ -56,9 +58,11 @@ class RunFile:
         """In a file, or in a folder where the name is made of the identity: the same inputs find it again."""
         if not path.is_dir():
             return cls(path, identity)
-        _forget_old(path)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        return cls(path / f"{digest}{ENDING}", identity)
+        run = cls(path / f"{digest}{ENDING}", identity)
+        run.is_asked_for = False
+        _forget_old(path, except_for=run.path)
+        return run
 
     def load(self) -> SamplerState:
         """The state to go on from; an empty one when there is no file.
@@ -70,7 +74,14 @@ class RunFile:
         note = json.dumps(self.identity)
         if not self.path.exists():
             return SamplerState(run=note)
-        state = SamplerState.load(self.path)
+        try:
+            state = SamplerState.load(self.path)
+        except CheckpointError as problem:
+            if self.is_asked_for:
+                raise
+            log.warning("the run starts afresh: %s", problem)
+            self.remove()
+            return SamplerState(run=note)
         before = json.loads(state.run) if state.run else {}
         changed = [key for key in self.identity if before.get(key) != self.identity[key]]
         if changed:
@@ -120,12 +131,19 @@ class RunFile:
         self.path.unlink(missing_ok=True)
 
 
-def _forget_old(folder: Path) -> None:
-    """Runs that nobody has taken up for a long time."""
-    for path in folder.glob(f"*{ENDING}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > KEPT_S:
-                path.unlink()
+def forget_finished(folder: Path) -> None:
+    """Remove the runs in a folder that made all their steps: their videos are safe now."""
+    for path in folder.glob(f"*{ENDING}"):
+        with contextlib.suppress(CheckpointError, FileError):
+            state = SamplerState.load(path)
+            if state.ts is not None and state.step == len(state.ts) - 1:
+                path.unlink(missing_ok=True)
+
+
+def _forget_old(folder: Path, *, except_for: Path) -> None:
+    others = [path for path in folder.glob(f"*{ENDING}") if path != except_for]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[MAX_KEPT - 1 :]:
+        path.unlink(missing_ok=True)
 
 
 def _short(value: object, limit: int = 80) -> str:

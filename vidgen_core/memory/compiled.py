@@ -23,6 +23,8 @@ log = logging.getLogger("vidgen")
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 """torch.compile's own names; the second one tries several kernels for each product, which takes minutes"""
+BACKEND = "inductor"
+"""torch.compile's compiler; the tests of what is compiled, and how often, take a quicker one"""
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NUM_VARIANTS = 32
 """graphs of one kind of block: with and without mask, own times of frames, quantised layers, batches of 1 and more"""
@@ -141,7 +143,7 @@ class CompiledForward:
         if self._kind not in _ready:
             log.info("compiling %s: the first step takes longer", kind.__name__)
         try:
-            result = compiled_function(kind, mode)(self._block, *args, **kwargs)
+            result = compiled_function(kind, mode, BACKEND)(self._block, *args, **kwargs)
         except TorchDynamoException as error:
             _failed.add(self._kind)
             first = str(error).strip().splitlines()[:1]
@@ -156,9 +158,10 @@ class CompiledForward:
 
 
 @cache
-def compiled_function(kind: type[nn.Module], mode: str) -> Callable[..., Any]:
+def compiled_function(kind: type[nn.Module], mode: str, backend: str) -> Callable[..., Any]:
     """``kind.forward`` compiled: for every block of this kind, as the block is an argument like any other."""
-    return torch.compile(kind.forward, dynamic=True, fullgraph=True, mode=None if mode == "default" else mode)
+    given = None if mode == "default" else mode
+    return torch.compile(kind.forward, dynamic=True, fullgraph=True, backend=backend, mode=given)
 
 
 @contextlib.contextmanager
