@@ -157,10 +157,10 @@ def find_suspect(
     for name, tensor in inputs.items():
         if tensor is not None and not is_finite(tensor):
             return Suspect(cause="inputs", where=name)
-    path = [type(module).__name__]
+    path = [""]
     with contextlib.ExitStack() as stack:
         for name, part in module.named_modules():
-            stack.enter_context(_on_path(part, name or path[0], path))
+            stack.enter_context(_on_path(part, name or type(module).__name__, path))
         names = _LiveNames(module)
         stack.enter_context(uncompiled())
         try:
@@ -270,7 +270,8 @@ class CheckedCodec:
             self._remedies.enter_context(self._remedy(latents))
 
     def _remedy(self, latents: Tensor) -> contextlib.AbstractContextManager[None]:
-        suspect, remedy = Suspect(cause="inputs", where="latents"), None
+        # What is no module cannot be looked into; all that is known then is what it was given.
+        suspect, remedy = Suspect(cause="unknown" if is_finite(latents) else "inputs", where="latents"), None
         if isinstance(self._codec, nn.Module):
             module = self._codec
             suspect = find_suspect(module, lambda: self._codec.decode(latents), inputs={"latents": latents})
