@@ -6,6 +6,7 @@ need: lists for the combos, input files, and where a video is saved.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,6 +24,8 @@ from ..vidgen_core.errors import FileError, UserError
 from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_models, folders_of
 from ..vidgen_core.weights.header import read_header
 from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
+
+log = logging.getLogger("vidgen")
 
 EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
 """under ``models/``"""
@@ -485,7 +488,11 @@ class ComfyHost:
         """One folder for all nodes: the same inputs find their run again after a crash. ComfyUI empties its temp folder
         when it starts, so it is in the user's."""
         folder = self._runs()
-        make_folder(folder)
+        try:
+            make_folder(folder)
+        except FileError as error:  # a run that cannot be kept can still be made
+            log.warning("%s", error)
+            return None
         return folder
 
     def result_saved(self) -> None:

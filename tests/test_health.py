@@ -225,8 +225,8 @@ def test_measures_are_taken_one_after_the_other_and_then_it_is_said() -> None:
             raise MemoryError
         return plan
 
-    halve = Measure[int](name="with half", tighten=lambda plan: plan // 2)
-    never = Measure[int](name="never", tighten=lambda plan: None)
+    halve = Measure(name="with half", tighten=lambda plan: plan // 2)
+    never = Measure(name="never", tighten=lambda plan: None)
     options: dict[str, Any] = {"what": "The work", "advice": lambda: "ask for less than 8"}
     assert relieved(work, 8, [halve, never, halve], **options) == 2
     assert tried == [8, 4, 2]
@@ -254,7 +254,7 @@ def test_what_failed_is_freed_before_the_next_try() -> None:
         del big
         return plan
 
-    measure = Measure[int](name="again", tighten=lambda plan: plan - 1)
+    measure = Measure(name="again", tighten=lambda plan: plan - 1)
     assert relieved(work, 2, [measure, measure], what="It", advice=str) == 0
 
 
@@ -359,7 +359,7 @@ config = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups
 codec = HunyuanCodec(CausalVAE(config).eval())
 decode_latents(codec, torch.zeros(1, 16, 1, 4, 4))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-limit = used + (96 << 20)
+limit = used + (384 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 print(tuple(decode_latents(codec, torch.zeros(1, 16, 3, 48, 48), tiling=None).shape))
 """
@@ -450,7 +450,7 @@ def test_a_lora_is_named(fragile: Bundle, tmp_path: Path) -> None:
     name = "lora_unet_single_blocks_0_linear2"
     width = fragile.model.network.single_blocks[0].linear2.in_features
     tensors = {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(32, 2)}
-    tensors[f"{name}.lora_up.weight"][0, 0] = math.nan
+    tensors = {name: 1e30 * tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "style.safetensors")
     for mode in ("runtime", "merge"):
         model = fragile.model.with_lora(read_lora(tmp_path / "style.safetensors"), mode=mode)  # type: ignore[arg-type]
@@ -497,11 +497,11 @@ def test_what_is_finite_the_second_time_is_not_blamed_on_anything() -> None:
     assert not module._forward_pre_hooks
 
 
-def test_guidance_that_is_too_large_is_named(bundle: Bundle) -> None:
-    cond = prompt_of(bundle)
-    other = encode_prompts(bundle.text, bundle.model, ["a blue circle"])
-    with pytest.raises(NumericsError, match="guidance"):
-        sample_latents(bundle.model, cond, other, SHAPE, Sampling(num_steps=8, cfg=1e6, guidance=1.0, retry=False))
+def test_guidance_is_told_from_the_network() -> None:
+    module, x = nn.Linear(2, 2), torch.ones(1, 2)
+    found = find_suspect(module, lambda: module(x) * 1e38 * 1e38, inputs={"x": x})
+    assert found.cause == "guidance"
+    assert "smaller guidance scale" in found.advice
 
 
 @pytest.mark.parametrize(
@@ -669,6 +669,20 @@ def state_of(step: int, x: float = 1.0) -> SamplerState:
     return SamplerState(sampler="euler", step=step, x=torch.full((1, 2), x), ts=ts)
 
 
+def test_a_folder_keeps_no_run_that_is_as_quickly_made_again(tmp_path: Path) -> None:
+    for run, is_kept in ((RunFile.at(tmp_path, {}), False), (RunFile.at(tmp_path / "named", {}), True)):
+        run.keep(state_of(1))
+        run.save()
+        assert run.path.exists() == is_kept
+
+
+@pytest.fixture
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run is long enough to be kept."""
+    monkeypatch.setattr("vidgen.vidgen_core.resume.SAVE_EVERY_S", 0.0)
+
+
+@pytest.mark.usefixtures("_at_once")
 def test_a_folder_keeps_runs_apart_by_what_they_are_made_of(tmp_path: Path) -> None:
     first, second = (RunFile.at(tmp_path, {"seed": seed}) for seed in (1, 2))
     assert first.path != second.path == RunFile.at(tmp_path, {"seed": 2}).path
@@ -680,6 +694,7 @@ def test_a_folder_keeps_runs_apart_by_what_they_are_made_of(tmp_path: Path) -> N
     assert not first.path.exists()
 
 
+@pytest.mark.usefixtures("_at_once")
 def test_a_folder_does_not_fill_up(tmp_path: Path) -> None:
     for number in range(MAX_KEPT + 3):
         run = RunFile.at(tmp_path, {"seed": number})
@@ -693,6 +708,7 @@ def test_a_folder_does_not_fill_up(tmp_path: Path) -> None:
     assert not half_written.exists()
 
 
+@pytest.mark.usefixtures("_at_once")
 def test_finished_runs_go_when_their_video_is_safe(tmp_path: Path) -> None:
     done, half = (RunFile.at(tmp_path, {"step": step}) for step in (3, 2))
     for run, step in ((done, 3), (half, 2)):

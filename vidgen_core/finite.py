@@ -11,8 +11,9 @@ class Flag:
 
     def __init__(self, x: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        # The smallest and the largest number: one pass without a second tensor, and NaN makes both of them NaN.
-        ends = torch.stack(torch.aminmax(x.detach()))
+        # The smallest and the largest number: no second tensor, and NaN makes both of them NaN.
+        x = x.detach()
+        ends = torch.stack((x.amin(), x.amax()) if x.device.type == "mps" else torch.aminmax(x))
         if ends.is_cuda:
             self._ends = torch.empty(2, dtype=ends.dtype, pin_memory=True)
             self._ends.copy_(ends, non_blocking=True)

@@ -27,7 +27,7 @@ from .families import ImageMode, TextEncoder
 from .guidance import cfg, cfg_schedule, hold, keep
 from .health import CheckedCodec, Suspect, find_suspect, remedy_for
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
-from .memory.attention_chunks import ChunkedAttention
+from .memory.attention_chunks import chunked_attention
 from .memory.cancel import watched
 from .memory.host import Host, LocalHost, available_cores
 from .memory.oom import Measure, relieved
@@ -43,6 +43,7 @@ from .types import Conditioning, Defaults, Denoise, Grid, VideoShape
 log = logging.getLogger("vidgen")
 
 MAX_BATCH = 64
+TEXT_ADVICE = "use quantised text encoders, or encode on another machine and load the embeddings"
 TILES = Tiling()
 SMALL_FLOPS = 4e10
 """a forward below this takes one core about a second"""
@@ -176,13 +177,17 @@ def encode_prompts(
 
     Each distinct prompt is encoded once and on its own, so that its features do not depend on its neighbours.
     """
-    with torch.inference_mode():
+
+    def encode(_: None) -> Conditioning:
         known: dict[str, Conditioning] = {}
         for prompt in prompts:
             if prompt not in known:
                 features = text.encode([prompt], image_mode=image)
                 known[prompt] = model.conditioning(features, guidance=guidance).to(model.device)
         return join(*(known[prompt] for prompt in prompts))
+
+    with torch.inference_mode():
+        return relieved(encode, None, (), what="Reading the prompt", advice=lambda: TEXT_ADVICE)
 
 
 def with_keyframes(
@@ -353,7 +358,7 @@ def _sample(
         assert settings.sampler is not None
         with contextlib.ExitStack() as stack:
             if plan.chunked:
-                stack.enter_context(ChunkedAttention())
+                stack.enter_context(chunked_attention())
             denoise = _denoise(model, positive, negative, plan.settings, shape[0], given)
             noise = NoiseStream.of_batch(settings.seed, shape[0])
             x = _start(model.diffusion, noise.draw(shape[1:], device=model.device), ts, given, settings)
@@ -419,14 +424,13 @@ def _suspect(
             inputs |= {f"{name}'s text": cond.context, f"{name}'s pooled text": cond.pooled}
             inputs |= {f"{name}'s pictures": cond.concat, f"{name}'s first frame": held}
     loras = {patch.module: use.lora.report.name for use in model.loras for patch in use.lora.patches}
-    suspect = find_suspect(
+    return find_suspect(
         model.network,
         lambda: denoise(x, t),
         inputs=inputs,
         loras=loras,
         compiled=model.compile_mode is not None,
     )
-    return replace(suspect, cause="guidance") if suspect.where == "" and suspect.cause == "operation" else suspect
 
 
 # --- less memory ------------------------------------------------------------------------------------------------------

@@ -106,20 +106,22 @@ class _Search(TorchFunctionMode):
         changed = next((lora for module, lora in self._loras.items() if module == where), None)
         bad = [tensor for tensor in given if not is_finite(tensor)]
         weight = next((self._names[id(tensor)] for tensor in bad if id(tensor) in self._names), None)
-        if changed is not None and (weight is not None or bad):
+        dtype = next(tensor.dtype for tensor in tensors_in(result))
+        if changed is not None and (bad or dtype != torch.float16):
             raise _Found(Suspect(cause="lora", where=where, detail=changed))
         if weight is not None:
             raise _Found(Suspect(cause="weight", where=weight))
         if bad:
             # Nothing of torch's has made these numbers: a kernel of another library has, and those are attention.
             raise _Found(Suspect(cause="attention", where=where, detail="a kernel that is not torch's own"))
-        dtype = next(tensor.dtype for tensor in tensors_in(result))
         if func is F.scaled_dot_product_attention:
             raise _Found(Suspect(cause="attention", where=where, detail=f"torch's own, in {short(dtype)}"))
         if dtype == torch.float16:
             detail = name if changed is None else f"{name}, with the LoRA {changed}"
             raise _Found(Suspect(cause="overflow", where=where, detail=detail))
-        raise _Found(Suspect(cause="operation", where=where, detail=f"{name} in {short(dtype)}"))
+        # Outside of every module are the guidance and what the sampler asks it for.
+        cause: Cause = "operation" if where else "guidance"
+        raise _Found(Suspect(cause=cause, where=where, detail=f"{name} in {short(dtype)}"))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -173,7 +175,7 @@ def find_suspect(
                 raise
             return Suspect(cause="unknown", detail="there was no memory for a second look")
     if not is_finite(result):
-        return Suspect(cause="operation")
+        return Suspect(cause="operation", where=type(module).__name__)
     return Suspect(cause="compile" if compiled else "unknown")
 
 

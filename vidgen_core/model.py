@@ -19,6 +19,7 @@ from .families import FAMILIES, TITLES, Config, Family, Found, identify, identif
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, can_merge, describe, module_names
 from .memory.compiled import MODES, compiled, will_compile
 from .memory.host import available_memory
+from .memory.oom import Measure, relieved
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
@@ -383,19 +384,47 @@ def network_of(
             "%s does not say how an image guides it: taken as image_condition %r. Set it if that is wrong.",
             *(header.path.name, found.config.image_condition),
         )
+    auto = stream is None
     if stream is None:
         stream = must_stream(header, device)
         if stream:
             log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
-    blocks = found.family.blocks if stream else ()
+    network = _loaded(header, found, found.family.blocks, dtype=dtype, device=device, stream=stream, may_stream=auto)
     return VideoModel(
         family=found.family,
         config=found.config,
-        network=build_part(header, found, dtype=dtype, device=device, stream=blocks),
+        network=network,
         diffusion=found.family.diffusion(found.config),
         defaults=defaults_of(header, found),
         fingerprint=header.digest,
         preview=None if preview is None else LatentRGB.from_json(preview),
+    )
+
+
+def _loaded(
+    header: Header,
+    found: Found,
+    blocks: Sequence[str],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    stream: bool,
+    may_stream: bool,
+) -> nn.Module:
+    """:func:`build_part`, with the blocks left in the file where their weights turn out not to fit.
+
+    Raises:
+        MemoryLimitError: they do not fit in that way either.
+    """
+    size = f"{header.num_bytes / 2**30:.2f} GiB in the file"
+    advice = f"its weights are {size}: choose stream blocks where it can be chosen, a smaller dtype or a quantised file"
+    from_file = Measure(name="with its blocks left in the file", tighten=lambda on: None if on else True)
+    return relieved(
+        lambda on: build_part(header, found, dtype=dtype, device=device, stream=blocks if on else ()),
+        stream,
+        (from_file,) if may_stream and blocks else (),
+        what=f"{found.title} in {header.path.name}",
+        advice=lambda: advice,
     )
 
 
@@ -410,7 +439,8 @@ def defaults_of(header: Header, found: Found) -> Defaults:
 def load_codec(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Codec:
     """The VAE of a checkpoint."""
     header, found = open_part(path, "codec")
-    return found.family.codec(build_part(header, found, dtype=dtype, device=device), found.config)
+    module = _loaded(header, found, (), dtype=dtype, device=device, stream=False, may_stream=False)
+    return found.family.codec(module, found.config)
 
 
 def load_text(
@@ -508,8 +538,10 @@ def text_of(
     modules = {}
     for part, (header, item) in files.items():
         streamed = must_stream(header, device) if stream is None else stream
-        blocks = family.text.blocks.get(part, ()) if streamed else ()
-        modules[part] = build_part(header, item, dtype=dtype, device=device, stream=blocks)
+        blocks = family.text.blocks.get(part, ())
+        modules[part] = _loaded(
+            header, item, blocks, dtype=dtype, device=device, stream=streamed, may_stream=stream is None
+        )
     stack = family.text.join(config, modules, found)
     stack.fingerprint = "+".join(dict.fromkeys(header.digest for header in headers.values()))  # type: ignore[assignment]
     return stack

@@ -45,7 +45,7 @@ class RunFile:
         self.is_asked_for = True
         """the user named this file; else a damaged one is no reason to stop"""
         self._last: SamplerState | None = None
-        self._saved_at = time.monotonic()
+        self._begun_at = self._saved_at = time.monotonic()
         if path.is_dir() or not path.parent.is_dir():
             raise FileError("The run cannot be kept here", given=path, expected="a file in an existing folder")
         if not os.access(path.parent, os.W_OK):
@@ -118,6 +118,8 @@ class RunFile:
         """Write the last state; a finished run too, as long as its result is in no file: decoding may be stopped."""
         if self._last is None or self._last.step == 0 or self._last.x is None:
             return
+        if not self.is_asked_for and time.monotonic() - self._begun_at < SAVE_EVERY_S:
+            return  # it is as quickly made again
         if not is_finite(self._last.x):  # known late on a GPU; the file of the steps before stays
             return
         try:

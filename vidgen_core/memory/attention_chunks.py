@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from .compiled import uncompiled
+
 SCORE_BYTES = 1 << 28
 """of the scores that are in memory at once"""
 
@@ -43,7 +45,14 @@ def _operands(
 
 
 @contextlib.contextmanager
+def chunked_attention() -> Iterator[None]:
+    """:class:`ChunkedAttention`, also in blocks that are compiled: they run as they are."""
+    with uncompiled(), ChunkedAttention():
+        yield
+
+
+@contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """torch's plainest attention, three products and a softmax, in chunks: the slowest, and the one that is right."""
-    with sdpa_kernel(SDPBackend.MATH), ChunkedAttention():
+    with sdpa_kernel(SDPBackend.MATH), chunked_attention():
         yield

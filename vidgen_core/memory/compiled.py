@@ -89,8 +89,7 @@ def compiled(network: nn.Module, paths: Sequence[str], *, mode: str = "default")
     the log says so.
     """
     blocks = blocks_at(network, paths)
-    device = next((p.device for p in network.parameters() if not p.is_meta), torch.device("cpu"))
-    reason = why_not(blocks, device)
+    reason = why_not(blocks, _device(network))
     if reason is not None:
         log.warning("the blocks are not compiled: %s", reason)
         yield False
@@ -111,6 +110,10 @@ def compiled(network: nn.Module, paths: Sequence[str], *, mode: str = "default")
             vars(block).pop("forward", None)
 
 
+def _device(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def _is_hooked(block: nn.Module) -> bool:
     # The compiler does not look for hooks that came after it: it would go on without them, and without a word.
     return any(
@@ -122,8 +125,9 @@ def _is_hooked(block: nn.Module) -> bool:
 
 def will_compile(network: nn.Module, paths: Sequence[str], mode: str) -> bool:
     """Whether the first step is going to take longer, because some kind of block was not compiled yet."""
-    kinds = {(type(block), mode) for block in blocks_at(network, paths)}
-    return bool(kinds - _ready - _failed)
+    blocks = blocks_at(network, paths)
+    kinds = {(type(block), mode) for block in blocks}
+    return bool(kinds - _ready - _failed) and why_not(blocks, _device(network)) is None
 
 
 class CompiledForward:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..memory.cancel import check_cancelled
+from ..memory.oom import is_out_of_memory
 from ..memory.stream import BlockStream
 from .files import MappedFile, PlainFile
 from .layout import Layout
@@ -194,6 +195,8 @@ def read_tensors(
                 tensor = tensor.float().flatten().expand(place.shape).clone()
             tensors[name] = tensor.to(device)
     except (OSError, RuntimeError, EOFError) as error:
+        if is_out_of_memory(error):
+            raise  # nothing is wrong with the file
         raise CheckpointError(
             f"The checkpoint cannot be read ({error})", given=header.path, do="download or export it again"
         ) from error
