@@ -24,7 +24,7 @@ from vidgen.vidgen_core.generate import Sampling, sample_latents
 from vidgen.vidgen_core.health import find_suspect
 from vidgen.vidgen_core.memory import compiled as compiling
 from vidgen.vidgen_core.memory.cancel import is_compiled, watched
-from vidgen.vidgen_core.memory.compiled import MODES, compiled, uncompiled, why_not
+from vidgen.vidgen_core.memory.compiled import MODES, compiled, why_not
 from vidgen.vidgen_core.memory.host import LocalHost
 from vidgen.vidgen_core.model import VideoModel, load_network
 from vidgen.vidgen_core.types import Conditioning
@@ -33,7 +33,7 @@ from vidgen.vidgen_core.weights.lora import read_lora
 CONFIG = NetworkConfig(
     hidden_size=32,
     num_heads=2,
-    num_double_blocks=2,
+    num_double_blocks=0,  # one kind of block is traced in half the time; the command line's test has both
     num_single_blocks=2,
     num_refiner_blocks=1,
     rope_axes=(4, 6, 6),
@@ -98,15 +98,15 @@ def test_no_step_prompt_or_seed_compiles_again(model: VideoModel) -> None:
     fast = model.with_compile()
     assert fast.will_compile
     result = run(fast, num_steps=1)
-    assert num_graphs() == 2
+    assert num_graphs() == 1
     assert not fast.will_compile
     torch.testing.assert_close(result, run(model, num_steps=1), **FUSED)
     torch.testing.assert_close(run(fast, num_steps=3), run(model, num_steps=3), **FUSED)
     for num_text in (9, 17):
         torch.testing.assert_close(run(fast, num_text=num_text), run(model, num_text=num_text), **FUSED)
-    assert num_graphs() == 2
+    assert num_graphs() == 1
     torch.testing.assert_close(run(fast, frames=3), run(model, frames=3), **FUSED)
-    assert num_graphs() <= 4, "another size may cost one more of each, and no size after it"
+    assert num_graphs() <= 2, "another size may cost one more, and no size after it"
     graphs = num_graphs()
     for frames in (4, 5):
         run(fast, frames=frames)
@@ -184,7 +184,7 @@ def test_a_lora_at_run_time_keeps_its_block_from_being_compiled(
     expected = run(model.with_lora(style, 0.5, mode="runtime"))
     with caplog.at_level(logging.WARNING, logger="vidgen"):
         result = run(fast.with_lora(style, 0.5, mode="runtime"))
-    assert "1 of 4 blocks are not compiled: a LoRA" in caplog.text
+    assert "1 of 2 blocks are not compiled: a LoRA" in caplog.text
     torch.testing.assert_close(result, expected, **FUSED)
 
 
@@ -260,25 +260,27 @@ def test_a_compiler_that_fails_is_asked_once(
     with caplog.at_level(logging.WARNING, logger="vidgen"):
         assert torch.equal(run(model.with_compile()), run(model))
         assert torch.equal(run(model.with_compile()), run(model))
-    assert len(asked) == 2, "once for each kind of block"
+    assert len(asked) == 1
     said = [record.message for record in caplog.records if "cannot be compiled" in record.message]
-    assert len(said) == 2
+    assert len(said) == 1
     assert not model.with_compile().will_compile
     assert is_untouched(model)
 
 
-class Unlucky(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_what_fails_besides_the_compiler_passes_through() -> None:
+def test_what_fails_besides_the_compiler_passes_through(model: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory in a compiled block is answered by those who answer it everywhere."""
-    network = nn.Module()
-    network.blocks = nn.ModuleList([Unlucky()])
-    network.weight = nn.Parameter(torch.zeros(1))
-    with compiled(network, ("blocks",)), uncompiled(), pytest.raises(torch.OutOfMemoryError):
-        network.blocks[0](torch.zeros(1))
+
+    def full(*inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: full)
+    fast, x = model.with_compile(), torch.randn(1, 16, 2, 4, 4)
+    inputs = (x, torch.tensor([500.0]), torch.randn(1, 5, 32), None, torch.randn(1, 32))
+    with fast.patched(), torch.inference_mode(), pytest.raises(torch.OutOfMemoryError):
+        fast.network(*inputs)
+    assert compiling._failed == set()
+    # Sampling answers it: attention in chunks, and for that the blocks run as they are.
+    assert torch.equal(run(fast), run(model))
 
 
 # --- with the rest ----------------------------------------------------------------------------------------------------
@@ -288,9 +290,9 @@ def test_a_compiled_block_is_asked_as_a_whole(model: VideoModel) -> None:
     network = model.network
     with compiled(network, PATHS), watched(LocalHost(run_on="cpu"), network):
         assert all(is_compiled(block) for path in PATHS for block in network.get_submodule(path))
-        assert network.double_blocks[0]._forward_pre_hooks
-        assert not network.double_blocks[0].img_attn_qkv._forward_pre_hooks
-        assert network.img_in._forward_pre_hooks or any(m._forward_pre_hooks for m in network.img_in.modules())
+        assert network.single_blocks[0]._forward_pre_hooks
+        assert not network.single_blocks[0].linear1._forward_pre_hooks
+        assert any(module._forward_pre_hooks for module in network.img_in.modules())
 
 
 def test_a_compiled_block_that_gives_nan_is_told_from_its_plain_self(model: VideoModel) -> None:

@@ -475,6 +475,39 @@ def test_interrupting_comfyui_passes_through(comfy: SimpleNamespace, parts: tupl
         Sampler().sample(parts[0], conditioning(parts), empty(parts), negative=conditioning(parts, "x"), **SETTINGS)
 
 
+def test_comfyui_goes_on_where_it_stood(
+    comfy: SimpleNamespace, parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompt queued again, by another server process too: the file is found by what the run is made of."""
+    monkeypatch.setattr("vidgen.vidgen_core.resume.SAVE_EVERY_S", 0.0)
+    runs = tmp_path / "user" / "vidgen" / "unfinished"
+    arguments = SETTINGS | {"negative": conditioning(parts, "x"), "steps": 3, "node_id": "5"}
+    forwards: list[int] = []
+
+    def stop_in_the_second(module: object, inputs: object) -> None:
+        forwards.append(1)
+        comfy.interrupted = len(forwards) == 2
+
+    hook = parts[0].network.register_forward_pre_hook(stop_in_the_second)
+    with pytest.raises(Interrupted):
+        Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    hook.remove()
+    assert len(list(runs.iterdir())) == 1
+    comfy.interrupted = False
+    forwards.clear()
+    hook = parts[0].network.register_forward_pre_hook(lambda *_: forwards.append(1))
+    (again,) = Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    assert len(forwards) == 2
+    Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments | {"node_id": "6"})
+    hook.remove()
+    assert len(forwards) == 2, "a finished run waits until its video is safe"
+    with hosts.using(hosts.LocalNodeHost()):
+        (expected,) = Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    assert torch.equal(again["samples"], expected["samples"])
+    SaveVideo().save(torch.rand(5, 16, 32, 3), 8, "a", "gif", 17)
+    assert list(runs.iterdir()) == []
+
+
 def test_comfyui_may_forbid_metadata(comfy: SimpleNamespace, tmp_path: Path) -> None:
     comfy.disable_metadata = True
     shown = SaveVideo().save(torch.zeros(1, 16, 16, 3), 8, "a", "mp4", 17, prompt={"1": {}})["ui"]["images"][0]
