@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
     from .nodes.bridges import FromConditioning
+    from .nodes.compile import Compile
     from .nodes.embeddings import LoadEmbeddings, SaveEmbeddings
     from .nodes.image import FitImages, ImageToVideo, LoadImage, PadVideo
     from .nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
@@ -38,6 +39,7 @@ if __package__:
         "VidGenPadVideo": PadVideo,
         "VidGenSigmas": Sigmas,
         "VidGenFromConditioning": FromConditioning,
+        "VidGenCompile": Compile,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -61,6 +63,7 @@ if __package__:
         "VidGenPadVideo": "Pad Video (VidGen)",
         "VidGenSigmas": "Sigmas (VidGen)",
         "VidGenFromConditioning": "From Conditioning (VidGen)",
+        "VidGenCompile": "Compile (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

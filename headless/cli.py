@@ -108,6 +108,9 @@ def _add_generate(commands: Any) -> None:
         metavar="FILE[:STRENGTH]",
         help="a LoRA and how strongly it acts (default 1); may be given several times",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the network's blocks: a slower first step, faster others"
+    )
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
     _add_common(parser)
     parser.set_defaults(command=_generate)
@@ -271,6 +274,8 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     if plan.interleave is not None:
         _show_image(prompt, plan)
     _add_loras(prompt, node_of(prompt, "VidGenSampler"), arguments.lora)
+    if arguments.compile:
+        _put_before(prompt, node_of(prompt, "VidGenSampler"), "VidGenCompile", "Compile", {"mode": "default"})
     return prompt
 
 
@@ -299,22 +304,24 @@ def _new_id(prompt: Mapping[str, Any]) -> str:
 
 def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
     """A node for each LoRA between the loader and the sampler."""
-    inputs = prompt[sampler]["inputs"]
     for text in loras:
         name, strength = parse_lora(text)
-        node_id = _new_id(prompt)
-        prompt[node_id] = {
-            "class_type": "VidGenApplyLora",
-            "inputs": {
-                "model": inputs["model"],
-                "lora_name": name,
-                "strength": strength,
-                "mode": "auto",
-                "blocks": "",
-            },
-            "_meta": {"title": "Apply LoRA"},
-        }
-        inputs["model"] = [node_id, 0]
+        widgets = {"lora_name": name, "strength": strength, "mode": "auto", "blocks": ""}
+        _put_before(prompt, sampler, "VidGenApplyLora", "Apply LoRA", widgets)
+
+
+def _put_before(
+    prompt: dict[str, Any], sampler: str, class_type: str, title: str, widgets: Mapping[str, object]
+) -> None:
+    """A node that changes the model, between the sampler and what its model came from."""
+    inputs = prompt[sampler]["inputs"]
+    node_id = _new_id(prompt)
+    prompt[node_id] = {
+        "class_type": class_type,
+        "inputs": {"model": inputs["model"], **widgets},
+        "_meta": {"title": title},
+    }
+    inputs["model"] = [node_id, 0]
 
 
 def parse_lora(text: str) -> tuple[str, float]:

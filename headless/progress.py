@@ -7,7 +7,13 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-TITLES = {"encode": "reading the prompt", "sample": "sampling", "decode": "decoding", "save": "saving"}
+TITLES = {
+    "encode": "reading the prompt",
+    "compile": "compiling, the first step takes longer",
+    "sample": "sampling",
+    "decode": "decoding",
+    "save": "saving",
+}
 _WIDTH = 24
 _EVERY_S = 0.1
 _PLAIN_EVERY_S = 10.0

@@ -6,6 +6,7 @@ need: lists for the combos, input files, and where a video is saved.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,6 +25,8 @@ from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_folder, 
 from ..vidgen_core.weights.header import read_header
 from ..vidgen_core.weights.lora import holds_lora
 from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
+
+log = logging.getLogger("vidgen")
 
 EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
 """under ``models/``"""
@@ -86,7 +89,11 @@ class NodeHost(Host, Protocol):
         ...
 
     def resume_path(self, node_id: str) -> Path | None:
-        """Where the node keeps an interrupted run; None if runs are not kept."""
+        """Where the node keeps an interrupted run, a file or a folder of them; None if runs are not kept."""
+        ...
+
+    def result_saved(self) -> None:
+        """A video is safe in its file: the runs that led to it need not be kept."""
         ...
 
 
@@ -326,6 +333,9 @@ class LocalNodeHost(LocalHost):
         folder, stem = self._run_place()
         return folder / f"{stem}.{self.run_id}-{node_id}.unfinished"
 
+    def result_saved(self) -> None:
+        """``headless.render`` removes the runs when the whole workflow is done: it may save several videos."""
+
     def unfinished_runs(self) -> list[Path]:
         """The kept runs: all for ``output_file``, also an earlier command's; only this command's in a shared folder."""
         folder, stem = self._run_place()
@@ -483,7 +493,25 @@ class ComfyHost:
         return not args.disable_metadata
 
     def resume_path(self, node_id: str) -> Path | None:
-        return None  # interrupting in ComfyUI means that the run is not wanted
+        """One folder for all nodes: the same inputs find their run again after a crash. ComfyUI empties its temp folder
+        when it starts, so it is in the user's."""
+        folder = self._runs()
+        try:
+            make_folder(folder)
+        except FileError as error:  # a run that cannot be kept can still be made
+            log.warning("%s", error)
+            return None
+        return folder
+
+    def result_saved(self) -> None:
+        from ..vidgen_core.resume import forget_finished
+
+        forget_finished(self._runs())
+
+    def _runs(self) -> Path:
+        import folder_paths
+
+        return Path(folder_paths.get_user_directory()) / "vidgen" / "unfinished"
 
 
 def contact_sheet(frames: Tensor, *, num_columns: int = 4, min_px: int = 96) -> Tensor:

@@ -86,6 +86,7 @@ class LoadModel:
     def load(
         self, model_name: str, weight_dtype: str, image_condition: str = "auto", offload: str = "auto"
     ) -> tuple[Any]:
+        from ..vidgen_core.memory.cancel import listening
         from ..vidgen_core.model import load_network
         from ..vidgen_core.weights.header import read_header
         from .host import current
@@ -94,13 +95,14 @@ class LoadModel:
         path = host.find("network", model_name)
         if not stream:
             host.make_room(read_header(path).num_bytes)
-        model = load_network(
-            path,
-            dtype=torch_dtype(weight_dtype),
-            device=host.device(),
-            stream=stream,
-            image_condition=image_condition,
-        )
+        with listening(host):
+            model = load_network(
+                path,
+                dtype=torch_dtype(weight_dtype),
+                device=host.device(),
+                stream=stream,
+                image_condition=image_condition,
+            )
         return (model,)
 
 
@@ -123,12 +125,14 @@ class LoadVAE:
         return found("codec", vae_name)
 
     def load(self, vae_name: str, weight_dtype: str) -> tuple[Any]:
+        from ..vidgen_core.memory.cancel import listening
         from ..vidgen_core.model import load_codec
         from .host import current
 
         host = current()
         path = host.find("codec", vae_name)
-        return (load_codec(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+        with listening(host):
+            return (load_codec(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
 
 
 class LoadTextEncoders:
@@ -183,6 +187,7 @@ class LoadTextEncoders:
         vision_name: str = NONE,
         tokenizer_folder: str = "",
     ) -> tuple[Any]:
+        from ..vidgen_core.memory.cancel import listening
         from ..vidgen_core.model import load_text
         from ..vidgen_core.text.tokenizer_files import TokenizerPlaces
         from ..vidgen_core.weights.header import read_header
@@ -193,13 +198,14 @@ class LoadTextEncoders:
         named = host.find_tokenizers(tokenizer_folder) if tokenizer_folder else None
         for path in paths:
             host.make_room(read_header(path).num_bytes)
-        stack = load_text(
-            *paths,
-            dtype=torch_dtype(weight_dtype),
-            device=host.device(),
-            tokenizers=TokenizerPlaces(named=named, shared=host.text_folders()),
-            stream=None,
-        )
+        with listening(host):
+            stack = load_text(
+                *paths,
+                dtype=torch_dtype(weight_dtype),
+                device=host.device(),
+                tokenizers=TokenizerPlaces(named=named, shared=host.text_folders()),
+                stream=None,
+            )
         return (stack,)
 
 

@@ -70,13 +70,22 @@ class EncodePrompt:
         image_interleave: int = 4,
         image: Any = None,
     ) -> tuple[EncodedPrompt]:
+        from ..vidgen_core.generate import TEXT_ADVICE
+        from ..vidgen_core.memory.cancel import watched
+        from ..vidgen_core.memory.oom import relieved
+        from .host import current
+
         single, custom = template == "image", custom_template if custom_template.strip() else None
-        if image is None:
-            features = text_encoders.encode([prompt], image_mode=single, custom_template=custom)
-        else:
-            features = text_encoders.encode_with_image(
+
+        def features_of(_: None) -> Any:
+            if image is None:
+                return text_encoders.encode([prompt], image_mode=single, custom_template=custom)
+            return text_encoders.encode_with_image(
                 [prompt], image[:1], interleave=image_interleave, image_mode=single, custom_template=custom
             )
+
+        with watched(current(), text_encoders):
+            features = relieved(features_of, None, (), what="Reading the prompt", advice=lambda: TEXT_ADVICE)
         kind = "custom" if custom else template
         encoded = EncodedPrompt(
             prompt=prompt,

@@ -128,13 +128,15 @@ class EncodeVideo:
         import torch
 
         from ..vidgen_core.media import crop_to_grid, images_to_video
+        from ..vidgen_core.memory.cancel import watched
         from ..vidgen_core.tiling import tiled
+        from .host import current
 
         if mask is not None:
             images = with_mask(images, mask)
         if fit == "crop":
             images = crop_to_grid(images, vae.grid, multiple_px=16)
-        with torch.inference_mode():
+        with torch.inference_mode(), watched(current(), vae):
             latent = codec_latent(vae, tiled(vae).encode(images_to_video(images)))
         if mask is not None:
             latent["noise_mask"] = images[None, None, ..., 3]
@@ -196,18 +198,22 @@ class SaveVideo:
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         from ..vidgen_core.media import images_to_frames, write_video
+        from ..vidgen_core.memory.cancel import listening
         from .host import current
 
         host = current()
         path, subfolder = host.output_path(filename_prefix, f".{format}")
         tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
         metadata = {key: json.dumps(value) for key, value in tags.items()} if host.keeps_metadata() else {}
-        write_video(path, watched(images_to_frames(images), len(images), host), fps=fps, metadata=metadata, crf=crf)
+        frames = told(images_to_frames(images), len(images), host)
+        with listening(host):
+            write_video(path, frames, fps=fps, metadata=metadata, crf=crf)
+        host.result_saved()
         shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
         return {"ui": {"images": [shown], "animated": (True,)}}
 
 
-def watched(frames: Any, total: int, host: Any) -> Any:
+def told(frames: Any, total: int, host: Any) -> Any:
     """The frames, with progress and a look at the cancel button before each."""
     for number, frame in enumerate(frames):
         host.check_cancelled()
@@ -267,8 +273,11 @@ class LoadVideo:
 
     def load(self, video: str, start_frame: int, max_frames: int) -> tuple[Tensor, float, int]:
         from ..vidgen_core.media import frames_to_images, read_video
+        from ..vidgen_core.memory.cancel import listening
         from .host import current
 
-        path: Path = current().find_input(video)
-        frames, fps = read_video(path, start=start_frame, num_frames=max_frames or None)
+        host = current()
+        path: Path = host.find_input(video)
+        with listening(host):
+            frames, fps = read_video(path, start=start_frame, num_frames=max_frames or None)
         return frames_to_images(frames), fps, len(frames)

@@ -65,6 +65,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(autouse=True)
+def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces and guards as always, but runs what it traced as it is: C++ for every test takes minutes."""
+    monkeypatch.setattr("vidgen.vidgen_core.memory.compiled.BACKEND", "eager")
+
+
 # --- oracles ----------------------------------------------------------------------------------------------------------
 
 

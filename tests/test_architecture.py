@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = ("benchmarks", "headless", "nodes", "training", "vidgen_core")
 BASE = frozenset({"types", "errors"})
-MATHS = frozenset({"diffusion", "timesteps", "noise", "guidance", "sampling"})
+MATHS = frozenset({"diffusion", "timesteps", "noise", "guidance", "finite", "sampling"})
 PARTS = frozenset({"codec", "weights", "memory"})
 FAMILIES = frozenset({"hunyuan", "cogvideox", "svd", "pixeldance", "snapvideo"})
 
@@ -29,24 +29,29 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "noise": BASE,
     "timesteps": BASE | {"diffusion"},
     "guidance": BASE | {"diffusion"},
-    "sampling": BASE | {"diffusion", "noise", "timesteps"},
+    "finite": frozenset(),
+    "sampling": BASE | {"diffusion", "noise", "finite", "timesteps"},
     "codec": BASE,
     "memory": BASE,
     "weights": BASE | {"memory"},
-    "media": BASE | {"weights"},
+    "media": BASE | {"memory", "weights"},
     "nn": BASE,
     "text": BASE | {"weights"},
     "tiling": BASE | {"codec"},
     "preview": BASE | {"codec"},
     "embeddings": BASE | PARTS | {"families", "text"},
-    "resume": BASE | {"sampling"},
+    "health": BASE | {"codec", "memory", "finite"},
+    "resume": BASE | {"finite", "sampling"},
     "lora": BASE | {"weights"},
     "families": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families.*"},
     "families.*": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families"},
     "keyframes": BASE | {"codec"},
     "model": BASE | MATHS | PARTS | {"families", "lora", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
-    "generate": BASE | MATHS | PARTS | {"bundle", "families", "keyframes", "model", "preview", "resume", "tiling"},
+    "generate": BASE
+    | MATHS
+    | PARTS
+    | {"bundle", "families", "health", "keyframes", "model", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),
     "training": frozenset({"core"}),

@@ -234,7 +234,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(bundle: Bundle, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("crash")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk"), RuntimeError("crash")])
 def test_whatever_ends_a_run_its_state_is_kept(bundle: Bundle, tmp_path: Path, error: BaseException) -> None:
     settings = Sampling(resume_path=tmp_path / "run.safetensors")
     with pytest.raises(type(error)):
@@ -305,9 +305,8 @@ def test_a_damaged_or_foreign_state_is_refused(bundle: Bundle, tmp_path: Path, t
 
 
 def test_a_place_that_cannot_keep_a_run_is_refused_before_sampling(bundle: Bundle, tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing" / "run.safetensors"):
-        with pytest.raises(FileError, match="cannot be kept"):
-            video_of(bundle, resume_path=path)
+    with pytest.raises(FileError, match="cannot be kept"):
+        video_of(bundle, resume_path=tmp_path / "missing" / "run.safetensors")
 
 
 def test_steps_alone_are_told_apart_by_their_conditioning(bundle: Bundle, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ WIDGETS_FOREVER = {
     "VidGenPadVideo": ["left", "top", "right", "bottom", "overlap"],
     "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
     "VidGenFromConditioning": [],
+    "VidGenCompile": ["mode"],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 
@@ -420,6 +421,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bundle_dir: Path
             "get_folder_paths": lambda folder: [str(tmp_path / "models" / folder)],
             "get_full_path": lambda folder, name: str(tiny_bundle_dir / name) if name == "vae.safetensors" else None,
             "get_output_directory": lambda: str(tmp_path / "output"),
+            "get_user_directory": lambda: str(tmp_path / "user"),
             "get_input_directory": lambda: str(tmp_path / "input"),
             "get_save_image_path": get_save_image_path,
             "exists_annotated_filepath": lambda name: (tmp_path / "input" / name).is_file(),
@@ -481,6 +483,39 @@ def test_interrupting_comfyui_passes_through(comfy: SimpleNamespace, parts: tupl
     comfy.interrupted = True
     with pytest.raises(Interrupted):
         Sampler().sample(parts[0], conditioning(parts), empty(parts), negative=conditioning(parts, "x"), **SETTINGS)
+
+
+def test_comfyui_goes_on_where_it_stood(
+    comfy: SimpleNamespace, parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompt queued again, by another server process too: the file is found by what the run is made of."""
+    monkeypatch.setattr("vidgen.vidgen_core.resume.SAVE_EVERY_S", 0.0)
+    runs = tmp_path / "user" / "vidgen" / "unfinished"
+    arguments = SETTINGS | {"negative": conditioning(parts, "x"), "steps": 3, "node_id": "5"}
+    forwards: list[int] = []
+
+    def stop_in_the_second(module: object, inputs: object) -> None:
+        forwards.append(1)
+        comfy.interrupted = len(forwards) == 2
+
+    hook = parts[0].network.register_forward_pre_hook(stop_in_the_second)
+    with pytest.raises(Interrupted):
+        Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    hook.remove()
+    assert len(list(runs.iterdir())) == 1
+    comfy.interrupted = False
+    forwards.clear()
+    hook = parts[0].network.register_forward_pre_hook(lambda *_: forwards.append(1))
+    (again,) = Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    assert len(forwards) == 2
+    Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments | {"node_id": "6"})
+    hook.remove()
+    assert len(forwards) == 2, "a finished run waits until its video is safe"
+    with hosts.using(hosts.LocalNodeHost()):
+        (expected,) = Sampler().sample(parts[0], conditioning(parts), empty(parts), **arguments)
+    assert torch.equal(again["samples"], expected["samples"])
+    SaveVideo().save(torch.rand(5, 16, 32, 3), 8, "a", "gif", 17)
+    assert list(runs.iterdir()) == []
 
 
 def test_comfyui_may_forbid_metadata(comfy: SimpleNamespace, tmp_path: Path) -> None:

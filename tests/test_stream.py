@@ -142,7 +142,7 @@ def test_only_the_running_block_and_the_next_one_are_in_memory(
     assert full == [1] * (CONFIG.num_double_blocks + CONFIG.num_single_blocks)
 
 
-def test_the_next_block_is_read_in_another_thread_while_one_runs() -> None:
+def test_blocks_are_read_in_another_thread_which_can_be_left_waiting() -> None:
     readers: list[tuple[int, str]] = []
 
     def read(number: int) -> dict[str, Tensor]:
@@ -158,8 +158,7 @@ def test_the_next_block_is_read_in_another_thread_while_one_runs() -> None:
         x = block(x)
     assert x.item() == 6
     assert [number for number, _ in readers] == [0, 1, 2]
-    assert readers[0][1] == threading.current_thread().name
-    assert all(name.startswith("vidgen-blocks") for _, name in readers[1:])
+    assert all(name.startswith("vidgen-blocks") for _, name in readers)
 
 
 def test_a_read_that_fails_is_raised_where_the_block_runs(

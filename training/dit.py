@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from ..vidgen_core.families.hunyuan.config import NetworkConfig
 from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
 from ..vidgen_core.families.hunyuan.text import TextStack
 from ..vidgen_core.generate import Sampling, decode_latents, encode_prompts, sample_latents
+from ..vidgen_core.memory.compiled import blocks_at, missing_compiler
 from ..vidgen_core.model import VideoModel, load_network, load_text
 from ..vidgen_core.preview import fit_preview
 from ..vidgen_core.timesteps import shift_time
@@ -147,12 +146,12 @@ class DitObjective(Objective):
             generator = torch.Generator().manual_seed(recipe.run.seed)
             self.adapters = Adapters(self.network, recipe.lora, self.model.family.lora_targets, generator)
         if recipe.compile:
-            _check_compiler()
+            _check_compiler()  # before hours of drawing and encoding, not at the first step
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
         self.odds = drawing_odds(self.cache.scenes, recipe.mix.emphasis)
         if recipe.compile:
             # One block of each kind is compiled and serves all of them: the whole network would take far longer.
-            for block in (*self.network.double_blocks, *self.network.single_blocks):
+            for block in blocks_at(self.network, self.model.family.blocks):
                 block.compile(dynamic=True)
 
     def _new_model(self) -> VideoModel:
@@ -350,14 +349,9 @@ def _base(recipe: DitRecipe) -> VideoModel:
 
 
 def _check_compiler() -> None:
-    """Raise before hours of drawing and encoding, not at the first step."""
-    names = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++", "cl"]
-    if not any(shutil.which(name) for name in names):
-        raise MissingLibraryError(
-            "torch.compile needs a C++ compiler",
-            given="compile = true, and none of " + ", ".join(names) + " is on the PATH",
-            do="install g++ or clang, or set compile = false",
-        )
+    missing = missing_compiler(torch.device("cpu"))
+    if missing is not None:
+        raise MissingLibraryError(missing, given="compile = true", do="install g++ or clang, or set compile = false")
 
 
 def _correct(video: Tensor, scene: shapes.Scene) -> dict[str, float]:

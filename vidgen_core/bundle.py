@@ -12,6 +12,7 @@ import torch
 from .codec import Codec
 from .errors import CheckpointError, FileError
 from .families import TITLES, Found, TextEncoder, identify, identify_parts
+from .memory.cancel import listening
 from .memory.host import Host, LocalHost, bundled_models
 from .model import TextFiles, VideoModel, build_part, inspect_header, network_of, text_config_of, text_of
 from .preview import LatentRGB, fit_preview
@@ -70,16 +71,17 @@ def load_bundle(
     """
     host = host or LocalHost()
     device = torch.device(device) if device is not None else host.device()
-    headers, found = find_parts(source)
-    for header in {header.path: header for header in headers.values()}.values():
-        host.make_room(header.num_bytes)
-    # First, because it may lack a tokenizer.
-    text = text_of(_text_files(headers, found), dtype=dtype, device=device, stream=None)
-    codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
-    family = found["codec"].family
+    with listening(host):
+        headers, found = find_parts(source)
+        for header in {header.path: header for header in headers.values()}.values():
+            host.make_room(header.num_bytes)
+        # First, because it may lack a tokenizer.
+        text = text_of(_text_files(headers, found), dtype=dtype, device=device, stream=None)
+        codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
+        network = network_of(headers["network"], found["network"], dtype=dtype, device=device, stream=None)
     return Bundle(
-        model=network_of(headers["network"], found["network"], dtype=dtype, device=device, stream=None),
-        codec=family.codec(codec_module, found["codec"].config),
+        model=network,
+        codec=found["codec"].family.codec(codec_module, found["codec"].config),
         text=text,  # type: ignore[arg-type]
         headers=headers,
     )

@@ -67,5 +67,9 @@ class NumericsError(UserError):
     """Non-finite numbers appeared while computing."""
 
 
+class MemoryLimitError(UserError):
+    """What was asked for does not fit the memory, also after everything was made smaller that can be."""
+
+
 class Cancelled(Exception):
     """The user asked to stop. Not an error: partial results stay, hosts turn it into their own signal."""

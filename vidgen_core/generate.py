@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bundle import Bundle
 from .bundle import load_bundle as load_bundle  # the way in, offered here with the rest of the path
@@ -24,18 +25,25 @@ from .diffusion import Diffusion
 from .errors import NumericsError, SettingsError
 from .families import ImageMode, KeyframeRules, TextEncoder
 from .guidance import cfg, cfg_schedule, hold, keep
+from .health import CheckedCodec, Suspect, find_suspect, remedy_for
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
+from .memory.attention_chunks import chunked_attention
+from .memory.cancel import watched
 from .memory.host import Host, LocalHost, available_cores
+from .memory.oom import Measure, relieved
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
 from .preview import LatentRGB
 from .resume import RunFile
-from .sampling import SAMPLERS, StepInfo, sample
+from .sampling import SAMPLERS, SamplerState, StepInfo, sample
 from .tiling import OnTile, Tiling, tiled
 from .timesteps import SCHEDULES, from_sigmas, schedule, unknown_name
-from .types import Conditioning, Defaults, Denoise, VideoShape
+from .types import Conditioning, Defaults, Denoise, Grid, VideoShape
+
+log = logging.getLogger("vidgen")
 
 MAX_BATCH = 64
+TEXT_ADVICE = "use quantised text encoders, or encode on another machine and load the embeddings"
 TILES = Tiling()
 SMALL_FLOPS = 4e10
 """a forward below this takes one core about a second"""
@@ -86,7 +94,9 @@ class Sampling:
     threads: int | Literal["auto"] | None = "auto"
     """CPU threads while computing; "auto": one for small work, else every core; None leaves torch's setting alone"""
     resume_path: Path | None = None
-    """where an interrupted run is kept and taken up again"""
+    """where an interrupted run is kept and taken up again: a file, or a folder where its name tells what run it is"""
+    retry: bool = True
+    """numbers that are not finite: try the step again in a safe way, once for each way; else stop"""
 
     def resolved(self, defaults: Defaults) -> Sampling:
         """With the checkpoint's defaults filled in."""
@@ -196,7 +206,8 @@ def encode_prompts(
 
     Each distinct prompt is encoded once and on its own, so that its features do not depend on its neighbours.
     """
-    with torch.inference_mode():
+
+    def encode(_: None) -> Conditioning:
         known: dict[str, Conditioning] = {}
         for prompt in prompts:
             if prompt not in known:
@@ -206,6 +217,9 @@ def encode_prompts(
                     features = text.encode_with_image([prompt], seen.image, interleave=seen.interleave)
                 known[prompt] = model.conditioning(features, guidance=guidance).to(model.device)
         return join(*(known[prompt] for prompt in prompts))
+
+    with torch.inference_mode():
+        return relieved(encode, None, (), what="Reading the prompt", advice=lambda: TEXT_ADVICE)
 
 
 def with_keyframes(
@@ -279,7 +293,8 @@ def sample_latents(
 
     Raises:
         SettingsError: before anything is computed.
-        NumericsError: numbers that are not finite appeared.
+        NumericsError: numbers that are not finite appeared, also in the safe way if ``settings.retry``.
+        MemoryLimitError: the steps do not fit the memory, also with less of it.
         Cancelled: the user stopped; the state is in ``settings.resume_path`` if that was given.
     """
     host = host or LocalHost()
@@ -356,8 +371,7 @@ def _sample(
     ts = settings.check(model.diffusion)
     given.check(shape, ts, settings)
     model.family.keyframes.check_conditioning(model.config, positive, shape)
-    noise = NoiseStream.of_batch(settings.seed, shape[0])
-    state = None if run is None else run.load()
+    state = SamplerState() if run is None else run.load()
     to_rgb = preview or model.preview
 
     def show(latents_rgb: LatentRGB, x0: Tensor) -> None:
@@ -371,15 +385,163 @@ def _sample(
             show(to_rgb, info.x0)
         host.check_cancelled()
 
-    assert settings.sampler is not None
+    def steps(plan: _Plan) -> Tensor:
+        """The steps that are left, from where ``state`` stands."""
+        assert settings.sampler is not None
+        with contextlib.ExitStack() as stack:
+            if plan.chunked:
+                stack.enter_context(chunked_attention())
+            denoise = _denoise(model, positive, negative, plan.settings, shape[0], given)
+            noise = NoiseStream.of_batch(settings.seed, shape[0])
+            x = _start(model.diffusion, noise.draw(shape[1:], device=model.device), ts, given, settings)
+            try:
+                return sample(
+                    settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step
+                )
+            except NumericsError as problem:
+                raise _Unfit(_suspect(model, positive, negative, denoise, state), str(problem.given)) from problem
+
+    def safe_steps(plan: _Plan) -> Tensor:
+        """The same, and again in a safe way where numbers are not finite."""
+        with contextlib.ExitStack() as remedies:
+            tried: list[str] = []
+            while True:
+                try:
+                    return steps(plan)
+                except _Unfit as problem:
+                    suspect, where = problem.suspect, problem.where
+                remedy = remedy_for(suspect, model.network, dtype=torch.bfloat16, fragile=(torch.float16,))
+                if remedy is None or not settings.retry or remedy.name in tried:
+                    what = "The network gave numbers that are not finite"
+                    raise NumericsError(what, given=f"{where}, {suspect}", do=suspect.advice)
+                log.warning("numbers are not finite at %s (%s): again %s", where, suspect, remedy.name)
+                tried.append(remedy.name)
+                remedies.enter_context(remedy.apply())
+
     saving = contextlib.nullcontext() if run is None else run.saved_on_failure()
     threads = using_threads(choose_threads(settings, model, shape))
-    with torch.inference_mode(), threads, model.patched(), watched(model.network, host), saving:
+    if model.will_compile:
+        host.progress("compile", 0, 1)
+    with torch.inference_mode(), threads, model.patched(), watched(host, model.network), saving:
         host.check_cancelled()
-        host.progress("sample", 0 if state is None else state.step, len(ts) - 1)
-        denoise = _denoise(model, positive, negative, settings, shape[0], given)
-        x = _start(model.diffusion, noise.draw(shape[1:], device=model.device), ts, given, settings)
-        return sample(settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step)
+        host.progress("sample", state.step, len(ts) - 1)
+        return relieved(
+            safe_steps,
+            _Plan(settings, batch=shape[0]),
+            SAMPLING_MEASURES,
+            what="The sampling",
+            make_room=lambda: host.make_room(_activations(model, shape)),
+            advice=lambda: _smaller(model, shape),
+        )
+
+
+class _Unfit(Exception):
+    """Numbers that are not finite, and where they began."""
+
+    def __init__(self, suspect: Suspect, where: str) -> None:
+        self.suspect, self.where = suspect, where
+
+
+def _suspect(
+    model: VideoModel, positive: Conditioning, negative: Conditioning | None, denoise: Denoise, state: SamplerState
+) -> Suspect:
+    """Do the step that failed once more to see where it fails; ``state`` is at the last good one."""
+    assert state.x is not None
+    assert state.ts is not None
+    x, t = state.x.to(model.device), state.ts[state.step]
+    inputs: dict[str, Tensor | None] = {"latents": x}
+    for name, cond in (("prompt", positive), ("negative prompt", negative)):
+        if cond is not None:
+            held = None if cond.held is None else cond.held.latents
+            inputs |= {f"{name}'s text": cond.context, f"{name}'s pooled text": cond.pooled}
+            inputs |= {f"{name}'s pictures": cond.concat, f"{name}'s first frame": held}
+    loras = {patch.module: use.lora.report.name for use in model.loras for patch in use.lora.patches}
+    return find_suspect(
+        model.network,
+        lambda: denoise(x, t),
+        inputs=inputs,
+        loras=loras,
+        compiled=model.compile_mode is not None,
+    )
+
+
+# --- less memory ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the sampling uses memory; what it computes is the same up to rounding."""
+
+    settings: Sampling
+    batch: int
+    chunked: bool = False
+
+
+def _one_at_a_time(plan: _Plan) -> _Plan | None:
+    settings = plan.settings
+    joint = settings.cfg_batched and settings.cfg != 1.0
+    if not joint and (settings.samples_at_once == 1 or plan.batch == 1):
+        return None
+    return replace(plan, settings=replace(settings, cfg_batched=False, samples_at_once=1))
+
+
+def _in_chunks(plan: _Plan) -> _Plan | None:
+    return None if plan.chunked else replace(plan, chunked=True)
+
+
+SAMPLING_MEASURES: tuple[Measure[_Plan], ...] = (
+    Measure(name="one sample and one prompt at a time", tighten=_one_at_a_time),
+    Measure(name="with attention over chunks of queries", tighten=_in_chunks),
+)
+"""what is done when the sampling runs out of memory, the mildest first"""
+
+SMALL_TILES = Tiling(tile_px=128, stride_px=96, tile_frames=16, stride_frames=12)
+
+
+def _tiled(tiling: Tiling | None) -> Tiling | None:
+    return TILES if tiling is None else None
+
+
+def _smaller_tiles(tiling: Tiling | None) -> Tiling | None:
+    is_large = tiling is not None and (
+        tiling.tile_px > SMALL_TILES.tile_px or tiling.tile_frames > SMALL_TILES.tile_frames
+    )
+    return SMALL_TILES if is_large else None
+
+
+DECODING_MEASURES: tuple[Measure[Tiling | None], ...] = (
+    Measure(name=f"in tiles of {TILES.tile_px} px and {TILES.tile_frames} frames", tighten=_tiled),
+    Measure(name=f"in tiles of {SMALL_TILES.tile_px} px and {SMALL_TILES.tile_frames} frames", tighten=_smaller_tiles),
+)
+"""what is done when decoding runs out of memory, the mildest first"""
+
+
+def _video_shape(model: VideoModel, shape: Sequence[int]) -> tuple[VideoShape, Grid]:
+    """The video that latents of ``shape`` (B, C, T, H, W) stand for."""
+    grid = model.family.grid(model.family.parts["codec"].config())
+    height, width = shape[3] * grid.spatial, shape[4] * grid.spatial
+    return VideoShape(num_frames=grid.num_frames(shape[2]), height_px=height, width_px=width), grid
+
+
+def _activations(model: VideoModel, shape: Sequence[int]) -> int:
+    """Bytes of one forward of one sample beside the weights."""
+    video, _ = _video_shape(model, shape)
+    width = max((parameter.dtype.itemsize for parameter in model.network.parameters()), default=2)
+    return model.family.activation_bytes(model.config, video) * max(1, width // 2)
+
+
+def _smaller(model: VideoModel, shape: Sequence[int]) -> str:
+    """What to lower, with numbers."""
+    video, grid = _video_shape(model, shape)
+    needs = f"a step needs about {_activations(model, shape) / 2**30:.2f} GiB beside the weights"
+    step = grid.spatial * model.family.patch(model.config)[1]
+    fewer = grid.num_frames(max(1, (shape[2] + 1) // 2))
+    height, width = (max(step, int(side * 0.75) // step * step) for side in (video.height_px, video.width_px))
+    changes = [] if fewer >= video.num_frames else [f"{fewer} frames in place of {video.num_frames}"]
+    if height * width < video.height_px * video.width_px:
+        changes.append(f"{width} x {height} px in place of {video.width_px} x {video.height_px}")
+    changes.append("a smaller or quantised checkpoint, or stream blocks in Load Model")
+    return f"{needs}: try {', or '.join(changes)}"
 
 
 def _start(diffusion: Diffusion, noise: Tensor, ts: Tensor, given: _Given, settings: Sampling) -> Tensor:
@@ -454,31 +616,54 @@ def decode_latents(
     tiling: Tiling | None = TILES,
     host: Host | None = None,
     threads: int | None = None,
+    retry: bool = True,
 ) -> Tensor:
     """(B, C, T, H, W) latents -> video (B, 3, T, H, W) float32 in [-1, 1] on the CPU, one sample at a time.
 
     Args:
-        tiling: of videos larger than one tile; None decodes in one pass, whatever memory that takes.
+        tiling: of videos larger than one tile; None decodes in one pass. Where that does not fit the memory, smaller
+            tiles are tried.
+        retry: a decoder whose numbers are not finite is tried again in a safe way.
 
     Raises:
-        NumericsError: the decoder's output is not finite.
+        NumericsError: the decoder's output is not finite, which would be a black video.
+        MemoryLimitError: small tiles do not fit the memory either.
     """
     host = host or LocalHost()
-    videos = []
-    module = codec if isinstance(codec, nn.Module) else None
-    with torch.inference_mode(), using_threads(threads), watched(module, host):
-        for index, one in enumerate(latents.cpu().split(1)):
-            host.check_cancelled()
-            host.progress("decode", index, len(latents))
-            one_codec = codec if tiling is None else tiled(codec, tiling, on_tile=_on_tile(host, index, len(latents)))
-            video = one_codec.decode(one).cpu().float().clamp_(-1, 1)
-            if not bool(torch.isfinite(video).all()):
-                raise NumericsError(
-                    "The decoded video is not finite", do="load the VAE in float32 or bfloat16: float16 overflows"
-                )
-            videos.append(video)
+
+    def decode(tiling: Tiling | None) -> Tensor:
+        videos = []
+        with CheckedCodec(codec, retry=retry) as checked:
+            for index, one in enumerate(latents.cpu().split(1)):
+                host.check_cancelled()
+                host.progress("decode", index, len(latents))
+                on_tile = _on_tile(host, index, len(latents))
+                one_codec = checked if tiling is None else tiled(checked, tiling, on_tile=on_tile)
+                videos.append(one_codec.decode(one).cpu().float().clamp_(-1, 1))
+        return torch.cat(videos)
+
+    with torch.inference_mode(), using_threads(threads), watched(host, codec):
+        video = relieved(
+            decode, tiling, DECODING_MEASURES, what="Decoding", advice=lambda: _fewer_pixels(codec, latents)
+        )
+        if bool(video.amax() < BLACK):
+            log.warning("the decoded video is black throughout: look at the prompt, the guidance and the LoRAs")
         host.progress("decode", len(latents), len(latents))
-    return torch.cat(videos)
+    return video
+
+
+BLACK = -0.98
+"""a video in which nothing is lighter than this is black to the eye"""
+
+
+def _fewer_pixels(codec: Codec, latents: Tensor) -> str:
+    grid = codec.grid
+    frames, height, width = grid.num_frames(latents.shape[2]), *(side * grid.spatial for side in latents.shape[3:])
+    size = len(latents) * 3 * frames * height * width * 4 / 2**30
+    return (
+        f"{len(latents)} x {frames} frames of {width} x {height} px are {size:.2f} GiB as a video alone: "
+        "make fewer or smaller ones, close other programs, or load the VAE in bfloat16"
+    )
 
 
 def _on_tile(host: Host, index: int, num_videos: int) -> OnTile:
@@ -542,7 +727,7 @@ def generate(
     latent_shape = (len(prompts), *shape.latent_shape(bundle.codec.grid))
 
     threads = choose_threads(settings, model, latent_shape)
-    with using_threads(threads):
+    with using_threads(threads), watched(host, bundle.text, bundle.codec):
         host.progress("encode", 0, 1)
         image = shape.num_frames == 1
         if prompt_image is None and keyframes:
@@ -577,7 +762,7 @@ def generate(
         run=run,
     )
     with contextlib.nullcontext() if run is None else run.saved_on_failure():
-        video = decode_latents(bundle.codec, latents, host=host, threads=threads)
+        video = decode_latents(bundle.codec, latents, host=host, threads=threads, retry=settings.retry)
     if run is not None:
         run.remove()
     return video[:, :, rules.hidden_frames(model.config) :]
@@ -590,12 +775,12 @@ def _run_file(model: VideoModel, shape: Sequence[int], settings: Sampling, known
     """The file of an interrupted run; None when none is wanted. ``known`` is what the result depends on besides."""
     if settings.resume_path is None:
         return None
-    outside = {"resume_path", "threads", "cfg_batched", "num_videos", "samples_at_once"}  # how, not what
+    outside = {"resume_path", "retry", "threads", "cfg_batched", "num_videos", "samples_at_once"}  # how, not what
     values = {key: value for key, value in asdict(settings).items() if key not in outside}
     # None rather than no LoRAs at all: runs that were kept before there were LoRAs say nothing of them.
     loras = [use.identity for use in model.loras] or None
     identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint, "LoRAs": loras}
-    return RunFile(Path(settings.resume_path), identity)
+    return RunFile.at(Path(settings.resume_path), identity)
 
 
 def fingerprint(*conditionings: Conditioning | None) -> str:
@@ -611,22 +796,6 @@ def fingerprint(*conditionings: Conditioning | None) -> str:
         if cond is not None:
             cond.map(add)
     return hasher.hexdigest()
-
-
-@contextlib.contextmanager
-def watched(module: nn.Module | None, host: Host) -> Iterator[None]:
-    """Ask for a cancelled run before every block of ``module``, so that stopping takes less than a second."""
-
-    def ask(block: nn.Module, inputs: object) -> None:
-        host.check_cancelled()
-
-    lists = [] if module is None else [item for item in module.modules() if isinstance(item, nn.ModuleList)]
-    hooks = [block.register_forward_pre_hook(ask) for blocks in lists for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def choose_threads(settings: Sampling, model: VideoModel, shape: Sequence[int]) -> int | None:

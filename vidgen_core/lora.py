@@ -266,6 +266,11 @@ def _apply(module: nn.Module, name: str, parts: list[_Part], wants: set[Mode], a
         applied.wrap(module, partial(_with_new_weight, module, parts, module.forward))
 
 
+def can_merge(network: nn.Module, use: LoraUse) -> bool:
+    """Whether every weight that a LoRA changes is in memory as plain numbers."""
+    return all(_has_plain_weight(network.get_submodule(patch.module)) for patch in use.lora.patches)
+
+
 def _has_plain_weight(module: nn.Module) -> bool:
     if hasattr(module, "dense_weight"):  # its weight, if it has one, is made at every look
         return False

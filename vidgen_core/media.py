@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import FileError, MissingLibraryError, SettingsError
+from .memory.cancel import WAIT_S, check_cancelled
 from .types import Grid
 from .weights.save import atomic_path, write_error
 
@@ -213,7 +214,7 @@ def _encode(
                     stdin.write(_frame_bytes(frame, first.shape, (height, width)))
             with suppress(BrokenPipeError):
                 stdin.close()
-            code = ffmpeg.wait()
+            code = _ended(ffmpeg)
         if code != 0:
             raise _failure(path, errors, code)
 
@@ -239,6 +240,15 @@ def _running(command: list[str], errors: IO[bytes]) -> Iterator[tuple[subprocess
         with suppress(OSError):  # bytes still buffered for a killed process
             process.stdin.close()
         process.wait()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process that has everything it needs; the last frames may take it a while."""
+    while True:
+        try:
+            return process.wait(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            check_cancelled()
 
 
 def _padded_size(shape: tuple[int, ...], suffix: str) -> tuple[int, int]:
@@ -332,7 +342,10 @@ def read_video(
     try:
         info = next(reader)
         stop = None if num_frames is None else start + num_frames
-        raw = list(itertools.islice(reader, start, stop))
+        raw = []
+        for frame in itertools.islice(reader, start, stop):
+            check_cancelled()
+            raw.append(frame)
     except (OSError, RuntimeError, StopIteration) as error:
         raise FileError(
             "The file holds no video that ffmpeg can read", given=path, expected="mp4, webm, mov, gif, ..."

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
-from .errors import CheckpointError, SettingsError
+from .errors import CheckpointError, SettingsError, unknown_name
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
-from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
+from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, can_merge, describe, module_names
+from .memory.compiled import MODES, compiled, will_compile
 from .memory.host import available_memory
+from .memory.oom import Measure, relieved
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
@@ -50,6 +52,8 @@ class VideoModel:
     """how to show unfinished latents, if the checkpoint says so"""
     loras: tuple[LoraUse, ...] = ()
     """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
+    compile_mode: str | None = None
+    """how the blocks are compiled inside :meth:`patched`, a name of ``memory.compiled.MODES``; None: they are not"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -105,19 +109,42 @@ class VideoModel:
             config = replace(config, in_channels=channels)
         return replace(self, config=config, loras=(*self.loras, use))
 
+    def with_compile(self, mode: str = "default") -> VideoModel:
+        """This model with blocks that are compiled when they first run, around the same network.
+
+        Raises:
+            SettingsError: there is no such mode.
+        """
+        if mode not in MODES:
+            raise unknown_name("mode of torch.compile", mode, MODES)
+        return replace(self, compile_mode=mode)
+
+    @property
+    def will_compile(self) -> bool:
+        """Whether the next step compiles, and so takes longer."""
+        return self.compile_mode is not None and will_compile(self.network, self.family.blocks, self.compile_mode)
+
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """The network with this model's LoRAs, for the time of the block; not to be nested."""
-        if not self.loras:
+        """The network with this model's LoRAs, its blocks compiled if they are to be; not to be nested."""
+        with contextlib.ExitStack() as stack:
+            if self.loras:
+                before = self.network.config
+                stack.enter_context(apply_loras(self.network, self._uses()))
+                self.network.config = self.config  # a LoRA may have enlarged the input
+                stack.callback(setattr, self.network, "config", before)
+            if self.compile_mode is not None:
+                stack.enter_context(compiled(self.network, self.family.blocks, mode=self.compile_mode))
             yield
-            return
-        before = self.network.config
-        with apply_loras(self.network, self.loras):
-            self.network.config = self.config  # a LoRA may have enlarged the input
-            try:
-                yield
-            finally:
-                self.network.config = before
+
+    def _uses(self) -> tuple[LoraUse, ...]:
+        """LoRAs whose mode is left to us are merged where the blocks are compiled, if the weights can be changed."""
+        if self.compile_mode is None:
+            return self.loras
+        return tuple(
+            replace(use, mode="merge") if use.mode == "auto" and can_merge(self.network, use) else use
+            for use in self.loras
+        )
 
     def conditioning(self, features: Any, *, guidance: float | None = None) -> Conditioning:
         """What the network is told for these text features; ``guidance`` None takes the checkpoint's default."""
@@ -358,19 +385,47 @@ def network_of(
             "%s does not say how an image guides it: taken as image_condition %r. Set it if that is wrong.",
             *(header.path.name, found.config.image_condition),
         )
+    auto = stream is None
     if stream is None:
         stream = must_stream(header, device)
         if stream:
             log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
-    blocks = found.family.blocks if stream else ()
+    network = _loaded(header, found, found.family.blocks, dtype=dtype, device=device, stream=stream, may_stream=auto)
     return VideoModel(
         family=found.family,
         config=found.config,
-        network=build_part(header, found, dtype=dtype, device=device, stream=blocks),
+        network=network,
         diffusion=found.family.diffusion(found.config),
         defaults=defaults_of(header, found),
         fingerprint=header.digest,
         preview=None if preview is None else LatentRGB.from_json(preview),
+    )
+
+
+def _loaded(
+    header: Header,
+    found: Found,
+    blocks: Sequence[str],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    stream: bool,
+    may_stream: bool,
+) -> nn.Module:
+    """:func:`build_part`, with the blocks left in the file where their weights turn out not to fit.
+
+    Raises:
+        MemoryLimitError: they do not fit in that way either.
+    """
+    size = f"{header.num_bytes / 2**30:.2f} GiB in the file"
+    advice = f"its weights are {size}: choose stream blocks where it can be chosen, a smaller dtype or a quantised file"
+    from_file = Measure(name="with its blocks left in the file", tighten=lambda on: None if on else True)
+    return relieved(
+        lambda on: build_part(header, found, dtype=dtype, device=device, stream=blocks if on else ()),
+        stream,
+        (from_file,) if may_stream and blocks else (),
+        what=f"{found.title} in {header.path.name}",
+        advice=lambda: advice,
     )
 
 
@@ -385,7 +440,8 @@ def defaults_of(header: Header, found: Found) -> Defaults:
 def load_codec(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Codec:
     """The VAE of a checkpoint."""
     header, found = open_part(path, "codec")
-    return found.family.codec(build_part(header, found, dtype=dtype, device=device), found.config)
+    module = _loaded(header, found, (), dtype=dtype, device=device, stream=False, may_stream=False)
+    return found.family.codec(module, found.config)
 
 
 def load_text(
@@ -486,8 +542,10 @@ def text_of(
             later[part] = partial(build_part, header, item, dtype=dtype, device=device)
             continue
         streamed = must_stream(header, device) if stream is None else stream
-        blocks = family.text.blocks.get(part, ()) if streamed else ()
-        modules[part] = build_part(header, item, dtype=dtype, device=device, stream=blocks)
+        blocks = family.text.blocks.get(part, ())
+        modules[part] = _loaded(
+            header, item, blocks, dtype=dtype, device=device, stream=streamed, may_stream=stream is None
+        )
     stack = family.text.join(config, modules, found, later)
     stack.fingerprint = "+".join(dict.fromkeys(header.digest for header in headers.values()))  # type: ignore[assignment]
     return stack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -12,13 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import FileError, SettingsError
+from .errors import CheckpointError, FileError, SettingsError
+from .finite import is_finite
 from .sampling import SamplerState
 
 log = logging.getLogger("vidgen")
 
 SAVE_EVERY_S = 30.0
 """a killed process loses at most this much, and a run shorter than this writes nothing unless it is interrupted"""
+
+
+MAX_KEPT = 8
+"""runs in a folder of them; the oldest go, as nobody has taken them up"""
+ENDING = ".unfinished"
 
 
 class RunFile:
@@ -35,12 +42,27 @@ class RunFile:
         """
         self.path = path
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.is_asked_for = True
+        """the user named this file; else a damaged one is no reason to stop"""
         self._last: SamplerState | None = None
-        self._saved_at = time.monotonic()
+        self._begun_at = self._saved_at = time.monotonic()
         if path.is_dir() or not path.parent.is_dir():
             raise FileError("The run cannot be kept here", given=path, expected="a file in an existing folder")
         if not os.access(path.parent, os.W_OK):
             raise FileError("The run cannot be kept here", given=path, do="choose a folder that you may write to")
+        for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def at(cls, path: Path, identity: Mapping[str, Any]) -> RunFile:
+        """In a file, or in a folder where the name is made of the identity: the same inputs find it again."""
+        if not path.is_dir():
+            return cls(path, identity)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        run = cls(path / f"{digest}{ENDING}", identity)
+        run.is_asked_for = False
+        _forget_old(path, except_for=run.path)
+        return run
 
     def load(self) -> SamplerState:
         """The state to go on from; an empty one when there is no file.
@@ -52,7 +74,14 @@ class RunFile:
         note = json.dumps(self.identity)
         if not self.path.exists():
             return SamplerState(run=note)
-        state = SamplerState.load(self.path)
+        try:
+            state = SamplerState.load(self.path)
+        except CheckpointError as problem:
+            if self.is_asked_for:
+                raise
+            log.warning("the run starts afresh: %s", problem)
+            self.remove()
+            return SamplerState(run=note)
         before = json.loads(state.run) if state.run else {}
         changed = [key for key in self.identity if before.get(key) != self.identity[key]]
         if changed:
@@ -87,7 +116,11 @@ class RunFile:
 
     def save(self) -> None:
         """Write the last state; a finished run too, as long as its result is in no file: decoding may be stopped."""
-        if self._last is None or self._last.step == 0:
+        if self._last is None or self._last.step == 0 or self._last.x is None:
+            return
+        if not self.is_asked_for and time.monotonic() - self._begun_at < SAVE_EVERY_S:
+            return  # it is as quickly made again
+        if not is_finite(self._last.x):  # known late on a GPU; the file of the steps before stays
             return
         try:
             self._last.save(self.path)
@@ -98,6 +131,21 @@ class RunFile:
     def remove(self) -> None:
         """The run is done."""
         self.path.unlink(missing_ok=True)
+
+
+def forget_finished(folder: Path) -> None:
+    """Remove the runs in a folder that made all their steps: their videos are safe now."""
+    for path in folder.glob(f"*{ENDING}"):
+        with contextlib.suppress(CheckpointError, FileError):
+            state = SamplerState.load(path)
+            if state.ts is not None and state.step == len(state.ts) - 1:
+                path.unlink(missing_ok=True)
+
+
+def _forget_old(folder: Path, *, except_for: Path) -> None:
+    others = [path for path in folder.glob(f"*{ENDING}") if path != except_for]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[MAX_KEPT - 1 :]:
+        path.unlink(missing_ok=True)
 
 
 def _short(value: object, limit: int = 80) -> str:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .diffusion import Diffusion
 from .errors import CheckpointError, FileError, NumericsError, SettingsError, unknown_name
+from .finite import Flag
 from .noise import NoiseStream
 from .types import Denoise
 
@@ -112,7 +113,10 @@ def _write_whole(path: Path, data: bytes) -> None:
     """Write beside ``path`` and rename, so that a crash leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(data)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -359,6 +363,7 @@ def sample(
     x, noise = _begin(state, name, eta, x, ts, noise)
     points = tuple(map(Point, ts, diffusion.alpha(ts).tolist(), diffusion.sigma(ts).tolist()))
     num_steps = len(ts) - 1
+    check = _FiniteSteps()
     for index in range(state.step, _last_step(stop_after, num_steps)):
         step = Step(
             denoise=denoise,
@@ -371,13 +376,15 @@ def sample(
             fresh_noise=_drawer(name, noise, x),
         )
         x, x0 = sampler.method(step)
-        _check_finite(x, index, num_steps)
+        check.last_step(state)
+        check.begin(Flag(x), state, num_steps)
         # Only now, all at once: whatever is raised above leaves the state at the end of the step before.
         state.x, state.memory, state.step = x, step.memory, index + 1
         state.noise = None if noise is None else noise.state()
         if on_step is not None:
             t = points[index + 1].t.item()
             on_step(StepInfo(step=index + 1, num_steps=num_steps, x=x, x0=x0, t=t, state=state))
+    check.last_step(state)
     return _finish(x, points[state.step])
 
 
@@ -476,10 +483,31 @@ def _check_times(ts: Tensor) -> Tensor:
     )
 
 
-def _check_finite(x: Tensor, index: int, num_steps: int) -> None:
-    if not torch.isfinite(x).all():
+class _FiniteSteps:
+    """Whether the numbers of each step are finite. On a GPU that is known one step later, so that it never waits for
+    this program: the state then goes back to the last good step."""
+
+    def __init__(self) -> None:
+        self._flag: Flag | None = None
+        self._good = SamplerState()
+        self._name = ""
+
+    def begin(self, flag: Flag, state: SamplerState, num_steps: int) -> None:
+        """``flag`` is of the step that follows ``state``; raises NumericsError at once where it is known."""
+        self._flag, self._name = flag, f"step {state.step + 1} of {num_steps}"
+        self._good = replace(state, memory=dict(state.memory))
+        if flag.is_known:
+            self.last_step(state)
+
+    def last_step(self, state: SamplerState) -> None:
+        """Raises NumericsError, with ``state`` before the step, if its numbers were not finite."""
+        flag, self._flag = self._flag, None
+        if flag is None or flag:
+            return
+        for item in fields(state):
+            setattr(state, item.name, getattr(self._good, item.name))
         raise NumericsError(
             "The network gave numbers that are not finite",
-            given=f"step {index + 1} of {num_steps}",
+            given=self._name,
             do="use bfloat16 or float32 in place of float16, or a smaller guidance scale",
         )

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .cancel import result_of
+
 Tensors = dict[str, Tensor]
 
 
@@ -61,9 +63,9 @@ class BlockStream:
     def _take(self, number: int) -> Tensors:
         """The block's tensors: read ahead, else read now."""
         coming, self._coming = self._coming, None
-        if coming is not None and coming[0] == number:
-            return coming[1].result()
-        return self._read(number)
+        if coming is None or coming[0] != number:
+            coming = number, self._reader.submit(self._read, number)
+        return result_of(coming[1])
 
     def _empty(self, number: int) -> None:
         for owner, leaf, empty in self._slots[number].values():

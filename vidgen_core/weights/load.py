@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..memory.cancel import check_cancelled
+from ..memory.oom import is_out_of_memory
 from ..memory.stream import BlockStream
 from .files import MappedFile, PlainFile
 from .layout import Layout
@@ -62,6 +64,7 @@ def load_module(
     blocks = [f"{path}.{name}" for path in stream for name, _ in module.get_submodule(path).named_children()]
     state = dict(wanted)
     for group in sources.resident(blocks):
+        check_cancelled()
         state.update(sources.state(group, sources.read(group)))
     module.load_state_dict(state, strict=True, assign=True)
     if blocks:
@@ -192,6 +195,8 @@ def read_tensors(
                 tensor = tensor.float().flatten().expand(place.shape).clone()
             tensors[name] = tensor.to(device)
     except (OSError, RuntimeError, EOFError) as error:
+        if is_out_of_memory(error):
+            raise  # nothing is wrong with the file
         raise CheckpointError(
             f"The checkpoint cannot be read ({error})", given=header.path, do="download or export it again"
         ) from error
@@ -239,6 +244,7 @@ def check_numbers(header: Header) -> None:
             path: stack.enter_context(PlainFile(path)) for path in {place.file for place in header.places.values()}
         }
         for name, info in header.tensors.items():
+            check_cancelled()
             if info.packing is None and not info.dtype.is_floating_point:
                 continue
             place = header.places[name]
