@@ -521,7 +521,8 @@ class ModelHandle:
         self._module = weakref.ref(module)
         self.load_device = load_device
         self.offload_device = offload_device or torch.device("cpu")
-        self._device = load_device
+        self._device: torch.device | None = load_device
+        """None if moving it failed half-way"""
 
     @property
     def model(self) -> nn.Module | None:
@@ -536,7 +537,7 @@ class ModelHandle:
         return self.model_size() if self._device == self.load_device else 0
 
     def current_loaded_device(self) -> torch.device:
-        return self._device
+        return self._device or self.offload_device
 
     def model_dtype(self) -> torch.dtype | None:
         return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), None)
@@ -603,9 +604,15 @@ class ModelHandle:
 
     def _move(self, device: torch.device) -> None:
         """Every weight to ``device``, in the same parameters. Blocks that are streamed have none between two runs."""
-        for tensor in self._tensors():
-            tensor.data = tensor.data.to(device)
-        self._device = device
+        if device != self._device:
+            self._device = None
+            for tensor in self._tensors():
+                tensor.data = moved(tensor.data, device)
+            self._device = device
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device)
 
 
 _handles: weakref.WeakKeyDictionary[nn.Module, ModelHandle] = weakref.WeakKeyDictionary()

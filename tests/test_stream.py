@@ -16,7 +16,7 @@ from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.families.hunyuan.config import NetworkConfig
 from vidgen.vidgen_core.families.hunyuan.keys import LAYOUTS
 from vidgen.vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
-from vidgen.vidgen_core.memory.stream import BlockStream, DeviceFeed, FileFeed, flat_bytes, stream_of
+from vidgen.vidgen_core.memory.stream import BlockStream, DeviceFeed, FileFeed, flat_bytes, powers_of_two, stream_of
 from vidgen.vidgen_core.model import VideoModel, build_part, load_network, open_part
 from vidgen.vidgen_core.types import Conditioning
 from vidgen.vidgen_core.weights.header import read_header
@@ -254,7 +254,7 @@ def deep_weights() -> dict[str, Tensor]:
     return {name: torch.randn(tensor.shape).mul(0.1).bfloat16() for name, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("share", [0.75, 0.95, 1.0])
+@pytest.mark.parametrize("share", [0.85, 0.95, 1.0])
 @pytest.mark.parametrize("storage", ["auto", "bfloat16", "int8", "nf4"])
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
 def test_under_a_budget_some_blocks_stay_and_the_bits_are_the_same(
@@ -267,13 +267,10 @@ def test_under_a_budget_some_blocks_stay_and_the_bits_are_the_same(
     layout: str,
 ) -> None:
     path = published("safetensors", tmp_path, in_layout(deep_weights, layout))
-    if share == 0.75 and storage in ("int8", "nf4"):  # small beside what making them takes
-        with pytest.raises(SettingsError, match="too small"):
-            with_budget(path, monkeypatch, share, storage=storage)
-        return
     model = with_budget(path, monkeypatch, share, storage=storage)
     before = full_blocks(model)
-    assert all(before) if share == 1.0 else 0 < sum(before) < len(before)
+    assert all(before) if share == 1.0 else sum(before) < len(before)
+    assert sum(before) > 0 or share == 0.85  # small weights are little beside what making them takes
     expected = ask(load_network(path, storage=storage))
     assert torch.equal(ask(model), expected)
     assert torch.equal(ask(model), expected)
@@ -304,7 +301,7 @@ def test_the_room_for_weights_leaves_some_for_the_run(
 @pytest.mark.parametrize("storage", ["auto", "float8 per row"])
 def test_loras_on_streamed_blocks_give_the_bits_of_resident_ones(
     published: Callable[..., Path],
-    weights: dict[str, Tensor],
+    deep_weights: dict[str, Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     storage: str,
@@ -313,17 +310,17 @@ def test_loras_on_streamed_blocks_give_the_bits_of_resident_ones(
 
     from vidgen.vidgen_core.weights.lora import read_lora
 
-    path = published("safetensors", tmp_path, weights)
+    path = published("safetensors", tmp_path, deep_weights)
     generator = torch.Generator().manual_seed(3)
     factors = {}
-    for module in ("double_blocks.1.img_attn_qkv", "single_blocks.0.linear1", "single_blocks.2.linear2"):
-        rows, columns = weights[f"{module}.weight"].shape
+    for module in ("double_blocks.1.img_attn_qkv", "single_blocks.0.linear1", "single_blocks.9.linear2"):
+        rows, columns = deep_weights[f"{module}.weight"].shape
         factors[f"{module}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
         factors[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
     save_file(factors, tmp_path / "lora.safetensors")
     lora = read_lora(tmp_path / "lora.safetensors")
     answers = []
-    for model in (load_network(path, storage=storage), with_budget(path, monkeypatch, 0.85, storage=storage)):
+    for model in (load_network(path, storage=storage), with_budget(path, monkeypatch, 0.95, storage=storage)):
         patched = model.with_lora(lora, mode="runtime")
         with patched.patched():
             answers.append(ask(patched))
@@ -420,10 +417,21 @@ def test_a_flat_block_gives_back_its_tensors() -> None:
         "d": torch.tensor(2.5),
     }
     block = FlatBlock.of(tensors, lambda num_bytes: torch.empty(num_bytes + 9, dtype=torch.uint8))
-    assert len(block.flat) == flat_bytes(tensor.nbytes for tensor in tensors.values()) == 4 * 256
-    for name, view in block.views(block.flat.clone()).items():
+    assert block.num_bytes == flat_bytes(tensor.nbytes for tensor in tensors.values()) == 4 * 256
+    place = torch.empty(2000, dtype=torch.uint8)
+    cut = FlatBlock(tuple(block.pieces[0].split([512, 256, 256])), block.layout)
+    cut.copy_to(place)
+    for name, view in block.views(place).items():
         assert view.dtype == tensors[name].dtype
         assert torch.equal(view.double(), tensors[name].double())
+
+
+def test_a_pinned_block_is_cut_where_nothing_is_lost() -> None:
+    mib = 2**20
+    assert powers_of_two(680 * mib + 5) == [512 * mib, 128 * mib, 32 * mib, 8 * mib, 5]
+    assert powers_of_two(3 * mib) == [2 * mib, mib]
+    assert powers_of_two(100) == [100]
+    assert powers_of_two(0) == []
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

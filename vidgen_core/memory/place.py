@@ -311,8 +311,8 @@ def too_small(needed: int, room: int) -> SettingsError:
     """For a budget that has no room for ``needed`` bytes."""
     return SettingsError(
         "The memory budget is too small for this network",
-        given=f"{max(0, room) / 1e9:.2f} GB left for what needs {needed / 1e9:.2f} GB at a time",
-        do=f"raise the budget by {(needed - room) / 1e9:.2f} GB, stream the blocks, or choose a smaller storage",
+        given=f"{max(0, room) / 1e9:.3g} GB left for what needs {needed / 1e9:.3g} GB at a time",
+        do=f"raise the budget by {(needed - room) / 1e9:.3g} GB, stream the blocks, or choose a smaller storage",
     )
 
 

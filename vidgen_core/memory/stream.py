@@ -167,6 +167,8 @@ def _told(watch: Watch | None, read: Callable[[int], Tensors], number: int) -> T
 
 _ALIGNMENT = 256
 """bytes; as torch aligns what it allocates on a GPU, so that the same kernels are chosen as for resident weights"""
+_SMALLEST = 1 << 20
+"""bytes of the smallest piece of a pinned block"""
 _PIN_SHARE = 0.5
 """of the free main memory that may be pinned; the system cannot take it back"""
 
@@ -178,10 +180,10 @@ def flat_bytes(sizes: Iterable[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FlatBlock:
-    """A block's weights one after the other in a single buffer, so that one copy moves them all."""
+    """A block's weights one after the other in one long buffer, so that they move without a copy for each."""
 
-    flat: Tensor
-    """(bytes,) uint8"""
+    pieces: tuple[Tensor, ...]
+    """of uint8; the buffer, cut only where it is pinned"""
     layout: dict[str, tuple[int, torch.Size, torch.dtype]]
     """name -> first byte, shape and dtype"""
 
@@ -192,13 +194,31 @@ class FlatBlock:
         for name, tensor in tensors.items():
             layout[name] = end, tensor.shape, tensor.dtype
             end += flat_bytes([tensor.nbytes])
-        block = cls(buffer(end)[:end], layout)
-        for name, view in block.views(block.flat).items():
+        flat = buffer(end)[:end]
+        block = cls((flat,), layout)
+        for name, view in block.views(flat).items():
             view.copy_(tensors[name])
         return block
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+    def pinned(self) -> FlatBlock:
+        """A copy in pinned memory. torch gives it out in powers of two, so it is cut into such pieces: in one piece it
+        would take up to twice its size."""
+        (flat,) = self.pieces
+        return FlatBlock(tuple(piece.pin_memory() for piece in flat.split(powers_of_two(len(flat)))), self.layout)
+
+    def copy_to(self, place: Tensor) -> None:
+        """All of it to the begin of a buffer on a device; from pinned memory without waiting for it."""
+        start = 0
+        for piece in self.pieces:
+            place[start : start + len(piece)].copy_(piece, non_blocking=True)
+            start += len(piece)
+
     def views(self, flat: Tensor) -> Tensors:
-        """The tensors in a copy of :attr:`flat`."""
+        """The tensors in a copy of it in one piece."""
         views = {}
         for name, (start, shape, dtype) in self.layout.items():
             num_bytes = shape.numel() * dtype.itemsize
@@ -206,8 +226,17 @@ class FlatBlock:
         return views
 
 
+def powers_of_two(num_bytes: int) -> list[int]:
+    """Summands of a size, large ones first: powers of two down to a megabyte, and the rest."""
+    parts = []
+    while num_bytes >= _SMALLEST:
+        parts.append(1 << (num_bytes.bit_length() - 1))
+        num_bytes -= parts[-1]
+    return [*parts, num_bytes] if num_bytes else parts
+
+
 class DeviceFeed:
-    """Copies blocks to a device beside the computing: one copy for each, by a stream of its own, into two slots.
+    """Copies blocks to a device beside the computing: each as a whole, by a stream of its own, into two slots.
 
     Streams wait for each other through events, so this thread never waits for the device. As many blocks as main memory
     has room for are held there, pinned; the others come from the file through a pinned buffer for each slot.
@@ -250,7 +279,8 @@ class DeviceFeed:
                 log.info("%d of %d blocks are read from the file as they run.", rest, len(num_bytes))
                 return
             room -= size
-            self._held[number] = FlatBlock.of(self._read(number), partial(_buffer, pinned=self._pins))
+            block = FlatBlock.of(self._read(number), _buffer)
+            self._held[number] = block.pinned() if self._pins else block
 
     def start(self, number: int) -> None:
         if number in self._coming:
@@ -271,7 +301,7 @@ class DeviceFeed:
         if self._copied[slot] is not None:
             self._copied[slot].synchronize()  # this thread only: the buffer is still being copied from
         if self._bounces[slot] is None:
-            self._bounces[slot] = _buffer(self._largest, pinned=self._pins)
+            self._bounces[slot] = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._pins)
         bounce = self._bounces[slot]
         assert bounce is not None
         return self._copy(number, FlatBlock.of(tensors, lambda num_bytes: bounce))
@@ -280,14 +310,13 @@ class DeviceFeed:
         slot = number % len(self._slots)
         place = self._slots[slot]
         assert place is not None
-        place = place[: len(block.flat)]
         if self._copies is None:
-            place.copy_(block.flat)
+            block.copy_to(place)
             return block.views(place)
         if self._free[slot] is not None:
             self._copies.wait_event(self._free[slot])
         with torch.cuda.stream(self._copies):
-            place.copy_(block.flat, non_blocking=True)
+            block.copy_to(place)
         self._copied[slot] = self._copies.record_event()
         return block.views(place)
 
@@ -317,8 +346,8 @@ class DeviceFeed:
         self._bounces = [None] * len(self._bounces)
 
 
-def _buffer(num_bytes: int, *, pinned: bool) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+def _buffer(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 # --- around blocks ----------------------------------------------------------------------------------------------------
