@@ -48,13 +48,13 @@ class Span(NamedTuple):
 # the model
 
 
-def network_config(num_double: int = 30, num_single: int = 41) -> NetworkConfig:
-    """A HunyuanVideo of a billion weights: 2 GB in bfloat16, in blocks of 42 and 18 MB."""
+def network_config(num_double: int = 40, num_single: int = 66) -> NetworkConfig:
+    """A HunyuanVideo of a billion weights: 2 GB in bfloat16, in blocks of 30 and 12 MB."""
     from ..vidgen_core.families.hunyuan.config import NetworkConfig
 
     return NetworkConfig(
-        hidden_size=768,
-        num_heads=12,
+        hidden_size=640,
+        num_heads=10,
         num_double_blocks=num_double,
         num_single_blocks=num_single,
         rope_axes=(16, 24, 24),
@@ -297,8 +297,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", help=f"what vidgen generate is told (default {BUDGET})")
     parser.add_argument("--storage", help="what vidgen generate is told of storage")
     parser.add_argument("--compare", action="store_true", help="render with everything in memory as well (4 GB)")
-    parser.add_argument("--double", type=int, help="double blocks, for a trial (30 by default)")
-    parser.add_argument("--single", type=int, help="single blocks, for a trial (41 by default)")
+    parser.add_argument("--double", type=int, help="double blocks, for a trial (40 by default)")
+    parser.add_argument("--single", type=int, help="single blocks, for a trial (66 by default)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written; the system's temporary folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--profile", type=Path, metavar="DIR", help=f"draw one forward into DIR/{PICTURE} instead")

@@ -138,7 +138,7 @@ class Manager:
 
     def free_memory(self, num_bytes: float, device: torch.device, keep_loaded: Any = ()) -> None:
         entries = [entry for entry in reversed(self.loaded) if entry.device == device and not entry.is_dead()]
-        for entry in sorted(entries, key=lambda one: (one.patcher.loaded_size() - one.patcher.model_size())):
+        for entry in sorted(entries, key=lambda one: one.patcher.loaded_size() - one.patcher.model_size()):
             assert not entry.patcher.is_dynamic()
             if self.free() > num_bytes:
                 break

@@ -309,6 +309,22 @@ def model_path(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+def test_storing_changes_nothing_about_threads(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stored weight is no parameter, and its work is the same."""
+    from vidgen.vidgen_core.generate import Sampling, choose_threads
+
+    model = load_network(published("safetensors", tmp_path, weights))
+    shape = (1, 16, 2, 4, 4)
+    flops = 2 * sum(tensor.numel() for tensor in weights.values()) * 8
+    monkeypatch.setattr("vidgen.vidgen_core.generate.SMALL_FLOPS", 0.99 * flops)
+    monkeypatch.setattr("vidgen.vidgen_core.generate.available_cores", lambda: 7)
+    assert choose_threads(Sampling(), model, shape) == 7
+    store_linears(model.network, STORAGES["nf4"], model.family.blocks)
+    assert choose_threads(Sampling(), model, shape) == 7
+
+
 def test_an_unknown_storage_is_refused(
     published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
 ) -> None:

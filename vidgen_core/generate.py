@@ -26,6 +26,7 @@ from .families import ImageMode, TextEncoder
 from .guidance import cfg, cfg_schedule, hold, keep
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
 from .memory.host import Host, LocalHost, available_cores
+from .memory.place import QuantisedLinear
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
 from .preview import LatentRGB
@@ -599,6 +600,8 @@ def choose_threads(settings: Sampling, model: VideoModel, shape: Sequence[int]) 
         return None
     tokens = math.prod(shape[2:]) // math.prod(model.family.patch(model.config))
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    small = (layer for layer in model.network.modules() if isinstance(layer, QuantisedLinear))
+    parameters += sum(layer.in_features * layer.out_features for layer in small)
     return 1 if 2 * parameters * tokens < SMALL_FLOPS else available_cores()
 
 

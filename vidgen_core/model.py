@@ -31,6 +31,7 @@ from .weights.lora_names import Report, looks_like, match
 
 log = logging.getLogger("vidgen")
 
+
 @dataclass(slots=True, kw_only=True)
 class VideoModel:
     """The diffusion network of a family, its noise process, and what a user gets who says nothing."""
@@ -215,6 +216,8 @@ _CPU_SHARE = 0.5
 """of the free memory that weights may take as float32; the rest is for activations and the other parts"""
 _FILE_SHARE = 0.8
 """share of the free memory that a file's weights may take"""
+_RUN_BYTES = 64 * 2**20
+"""what a run takes besides weights and activations: libraries that come late, scratch of the matrix products"""
 _SMALL_BYTES = 2**30
 """weights that a GPU does not notice as float32"""
 
@@ -308,9 +311,7 @@ def _is_small(header: Header, device: torch.device) -> bool:
     return 4 * header.num_parameters <= room
 
 
-def must_stream(
-    header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None
-) -> bool:
+def must_stream(header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None) -> bool:
     """Whether a checkpoint's weights, as the file has them or as they are stored, do not fit the device's free memory.
 
     Args:
@@ -342,7 +343,8 @@ def room_for_weights(header: Header, found: Found, device: torch.device | str, b
     shape = VideoShape(num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px)
     wide = 2 if device.type == "cpu" else 1  # float32 there
     left = budget - memory_in_use(device)
-    return left - min(wide * found.family.activation_bytes(found.config, shape), max(0, left // 2))
+    wanted = wide * found.family.activation_bytes(found.config, shape) + _RUN_BYTES
+    return left - min(wanted, max(0, left // 2))
 
 
 def load_network(

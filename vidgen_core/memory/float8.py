@@ -50,7 +50,8 @@ def float8_linear(
             y = F.linear(small.to(wide), stored.to(wide))
         else:
             one = torch.ones((), device=x.device)
-            y = torch._scaled_mm(small, stored.t(), one, one, out_dtype=wide, use_fast_accum=True)
+            fast = wide == torch.bfloat16  # the narrow accumulator is no coarser than that
+            y = torch._scaled_mm(small, stored.t(), one, one, out_dtype=wide, use_fast_accum=fast)
         y = _scaled(y, per_token, scale, x.dtype)
     if bias is not None:
         y += bias.to(y.dtype)

@@ -116,10 +116,12 @@ class _Sources:
     def resident(self, streamed: Sequence[str]) -> list[list[str]]:
         """Stored names, grouped by the module they belong to: what is put together is in memory for that time only."""
         outside = tuple(f"{block}." for block in streamed)
+        return self._by_module(name for name, native in self.native.items() if not native.startswith(outside))
+
+    def _by_module(self, names: Iterable[str]) -> list[list[str]]:
         groups: dict[str, list[str]] = {}
-        for name, native in self.native.items():
-            if not native.startswith(outside):
-                groups.setdefault(module_of(native), []).append(name)
+        for name in names:
+            groups.setdefault(module_of(self.native[name]), []).append(name)
         return list(groups.values())
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
@@ -156,22 +158,22 @@ class _Sources:
             return []
         if not paths:
             raise too_small(outside, room)
-        raw = [sum(self.places[name].num_bytes for name in names) for names in self._names_of(paths)]
-        staging = [self._staging(size, own) for size, own in zip(sizes, raw, strict=True)]
+        staging = [self._staging(size, names) for size, names in zip(sizes, self._names_of(paths), strict=True)]
         kept = resident_blocks(sizes, staging, room - outside)
         log.info("%d of %d blocks stay in memory, the others are brought as they run.", len(kept), len(paths))
         return [path for number, path in enumerate(paths) if number not in kept]
 
-    def _staging(self, num_bytes: int, raw: int) -> int:
-        """Bytes on the device while one block of ``num_bytes`` runs that has ``raw`` bytes in the file, and the next
+    def _staging(self, num_bytes: int, names: Sequence[str]) -> int:
+        """Bytes on the device while one block of ``num_bytes``, which has these names in the file, runs and the next
         one comes."""
         if self.device.type != "cpu":
             return 2 * num_bytes
-        # Joining the parts of fused weights, or making stored ones, needs what was read besides what is made of it.
-        parts = 1 if self.layout is None else 2
+        modules = [sum(self.places[name].num_bytes for name in group) for group in self._by_module(names)]
+        # What was read of a module, and the same with its parts joined, beside what is made of it.
+        passing = (1 if self.layout is None else 2) * max(modules, default=0)
         if self.storage is not None:
-            return 2 * num_bytes + parts * raw
-        return num_bytes + (parts + 1) * raw
+            return 2 * num_bytes + sum(modules) + passing
+        return num_bytes + sum(modules) + passing
 
     def _names_of(self, paths: Sequence[str]) -> list[list[str]]:
         """Stored names of each block."""
@@ -184,14 +186,18 @@ class _Sources:
     def stream(self, module: nn.Module, paths: Sequence[str], num_bytes: Mapping[str, int]) -> None:
         """Hand the blocks at ``paths`` over to a :class:`BlockStream`."""
         names = self._names_of(paths)
+        groups = [self._by_module(own) for own in names]
         main = torch.device("cpu")
 
         def read(number: int) -> dict[str, Tensor]:
             return read_tensors(self.header, names[number], mapped=False)
 
         def finish(number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            state: dict[str, Tensor] = {}
+            for group in groups[number]:  # what was read goes as soon as something was made of it
+                state |= self.state(group, {name: tensors.pop(name) for name in group}, main)
             start = len(paths[number]) + 1
-            return {name[start:]: tensor for name, tensor in self.state(names[number], tensors, main).items()}
+            return {name[start:]: tensor for name, tensor in state.items()}
 
         def whole(number: int) -> dict[str, Tensor]:
             return finish(number, read(number))
