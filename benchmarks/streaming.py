@@ -119,7 +119,7 @@ def measure(model: Path, output: Path, budget: str | None, storage: str | None) 
         "command": "vidgen " + " ".join(command[:2] + command[6:]),
         "seconds": round(seconds, 2),
         "peak_rss_bytes": peak,
-        "frames": {"shape": list(frames.shape), "sha256": hashlib.sha256(frames.numpy().tobytes()).hexdigest()},
+        "frames": {"shape": list(frames.shape), "sha256": hashlib.sha256(frames.tobytes()).hexdigest()},
     }
 
 

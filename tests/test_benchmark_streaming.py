@@ -70,3 +70,10 @@ def test_every_storage_is_measured(tiny_bundle_dir: Path) -> None:
     assert rows["float32"]["bundled_answers"] == rows["float32"]["normal_weights"] == 0
     for kind in ("normal_weights", "bundled_weights", "bundled_answers"):
         assert 0 < rows["bfloat16"][kind] < rows["int8"][kind] < rows["nf4"][kind] < 1
+
+
+def test_a_render_is_measured(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    report = streaming.measure(tiny_bundle_dir, tmp_path / "a.mp4", "64GB", "int8")
+    assert report["frames"]["shape"] == [9, 32, 32, 3]
+    assert report["peak_rss_bytes"] > 100e6
+    assert report["command"].startswith("vidgen generate a red star --device cpu")
