@@ -109,7 +109,11 @@ def test_storage_and_budget_reach_the_loader(tiny_bundle_dir: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--storage", "nf3", "no such way to store"), ("--budget", "much", "amount of memory"), ("--budget", "1MB", "too")],
+    [
+        ("--storage", "nf3", "no such way to store"),
+        ("--budget", "much", "amount of memory"),
+        ("--budget", "1MB", "too"),
+    ],
 )
 def test_a_budget_or_storage_that_cannot_be_used(
     tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str

@@ -43,15 +43,13 @@ def float8_linear(
     # float16 would overflow before it is scaled, so its sums are taken in the wider range.
     wide = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     if kernel == "row" and wide == torch.bfloat16:  # the only one in which the chip's kernel answers
-        y = torch._scaled_mm(small, stored.t(), per_token, scale.t(), out_dtype=wide, use_fast_accum=True)
-        y = y.to(x.dtype)
+        y = _multiplied(small, stored, per_token, scale, wide).to(x.dtype)
     else:
         if kernel == "none":
             y = F.linear(small.to(wide), stored.to(wide))
         else:
             one = torch.ones((), device=x.device)
-            fast = wide == torch.bfloat16  # the narrow accumulator is no coarser than that
-            y = torch._scaled_mm(small, stored.t(), one, one, out_dtype=wide, use_fast_accum=fast)
+            y = _multiplied(small, stored, one, one, wide)
         y = _scaled(y, per_token, scale, x.dtype)
     if bias is not None:
         y += bias.to(y.dtype)
@@ -73,6 +71,13 @@ def round_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return small, scale
 
 
+def _multiplied(small: Tensor, stored: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The chip's own product of (N, I) and (O, I) in e4m3, times (N, 1) and (O, 1) or two single scales."""
+    fast = dtype == torch.bfloat16  # the chip's narrower accumulator is no coarser than that
+    scaled_mm = torch._scaled_mm  # type: ignore[attr-defined]
+    return scaled_mm(small, stored.t(), left, right.t(), out_dtype=dtype, use_fast_accum=fast)
+
+
 def _scaled(y: Tensor, per_token: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, O) times both scales; in float32, piece by piece, and rounded once."""
     result = y if y.dtype == dtype else torch.empty(y.shape, dtype=dtype, device=y.device)
@@ -92,10 +97,10 @@ def kernel_of(device: torch.device) -> Kernel:
         return "none"
     square = torch.ones((2 * _MULTIPLE, 2 * _MULTIPLE), device=device).to(_DTYPE)
     rows, one = torch.ones((2 * _MULTIPLE, 1), device=device), torch.ones((), device=device)
-    scales: dict[Kernel, tuple[Tensor, Tensor]] = {"row": (rows, rows.t()), "tensor": (one, one)}
-    for kernel, (left, right) in scales.items():
+    scales: dict[Kernel, Tensor] = {"row": rows, "tensor": one}
+    for kernel, scale in scales.items():
         try:
-            torch._scaled_mm(square, square.t(), left, right, out_dtype=torch.bfloat16, use_fast_accum=True)
+            _multiplied(square, square, scale, scale, torch.bfloat16)
         except (RuntimeError, ValueError):  # how torch says that a chip, a library or a build lacks the kernel
             continue
         return kernel

@@ -81,7 +81,7 @@ class BlockStream:
         """What was brought ahead goes when one of these is done, also when it fails between two blocks."""
         for module in modules:
             module.forward = _between(module.forward, self._begin, self._feed.forget)
-            module.block_stream = self
+            module.block_stream = self  # type: ignore[assignment]
 
     def _begin(self) -> None:
         self._feed.forget()
