@@ -244,13 +244,14 @@ def trace_spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
 
 
 def overlap(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds of bringing, of running, of both at once, and which share of the bringing was hidden."""
-    bring, run = (_union([span for span in spans if span.lane == lane]) for lane in ("bring", "run"))
-    both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in bring for b in run)
-    seconds = {name: sum(end - start for start, end in parts) for name, parts in (("bring", bring), ("run", run))}
+    """Seconds of bringing, of running, of both at once, of waiting, and which share of the bringing was hidden."""
+    parts = {lane: _union([span for span in spans if span.lane == lane]) for lane in ("bring", "run", "wait")}
+    both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in parts["bring"] for b in parts["run"])
+    seconds = {lane: sum(end - start for start, end in own) for lane, own in parts.items()}
     return {
         "bring_s": round(seconds["bring"], 4),
         "run_s": round(seconds["run"], 4),
+        "wait_s": round(seconds["wait"], 4),
         "both_s": round(both, 4),
         "hidden": round(both / seconds["bring"], 4) if seconds["bring"] else 1.0,
     }

@@ -45,7 +45,7 @@ def test_overlap_counts_nothing_twice() -> None:
         Span("wait", 0, 9),
         Span("bring", 6, 7),
     ]
-    assert streaming.overlap(spans) == {"bring_s": 4, "run_s": 2, "both_s": 1, "hidden": 0.25}
+    assert streaming.overlap(spans) == {"bring_s": 4, "run_s": 2, "wait_s": 9, "both_s": 1, "hidden": 0.25}
     assert streaming.overlap([])["hidden"] == 1
 
 
