@@ -49,7 +49,9 @@ Entry = tuple[str, tuple[int, ...], str]
 """name, shape and the format's name of a dtype"""
 
 
-def write_random(path: Path, entries: Sequence[Entry], *, seed: int = 0) -> int:
+def write_random(
+    path: Path, entries: Sequence[Entry], *, seed: int = 0, metadata: Mapping[str, str] | None = None
+) -> int:
     """A safetensors file of random numbers: float8 of deviation 1 with scales of 0.02, else of deviation 0.02.
 
     Returns:
@@ -61,7 +63,8 @@ def write_random(path: Path, entries: Sequence[Entry], *, seed: int = 0) -> int:
     import torch
 
     size = {"F8_E4M3": 1, "F16": 2, "BF16": 2, "F32": 4}
-    table, end = {}, 0
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name, shape, kind in entries:
         start, end = end, end + size[kind] * torch.Size(shape).numel()
         table[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}

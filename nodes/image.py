@@ -166,6 +166,7 @@ class ImageToVideo:
         image_mode(model, mode)
         first = Keyframe(image=picture(fitted(image[:1], shape.width_px, shape.height_px, fit)))
         model.family.keyframes.check(image_method(model, method)(model.config), [first], shape.num_frames)
+        current().need(vae)
         with watched(current(), vae):
             keyframes = encode_keyframes(vae, [first], shape)
         given = GivenImages(keyframes=tuple(keyframes), method=method, mode=mode)

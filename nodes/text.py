@@ -75,6 +75,7 @@ class EncodePrompt:
         from ..vidgen_core.memory.oom import relieved
         from .host import current
 
+        current().need(text_encoders)
         single, custom = template == "image", custom_template if custom_template.strip() else None
 
         def features_of(_: None) -> Any:

@@ -100,6 +100,29 @@ def test_generate_hands_every_option_on(tiny_bundle_dir: Path, tmp_path: Path) -
     }
 
 
+def test_storage_and_budget_reach_the_loader(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.mp4"
+    assert generate(tiny_bundle_dir, out, "--storage", "float8 per row", "--budget", "64GB", "--steps", "1", "-q") == 0
+    loader = json.loads(read_metadata(out)["prompt"])["1"]["inputs"]
+    assert (loader["storage"], loader["budget_gb"]) == ("float8 per row", 64.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--storage", "nf3", "no such way to store"),
+        ("--budget", "much", "amount of memory"),
+        ("--budget", "1MB", "too"),
+    ],
+)
+def test_a_budget_or_storage_that_cannot_be_used(
+    tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    assert generate(tiny_bundle_dir, tmp_path / "a.mp4", option, value, "-q") == 1
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_same_seed_same_file_other_seed_other_file(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert generate(tiny_bundle_dir, tmp_path / f"{name}.mp4", "--seed", seed, "-q") == 0

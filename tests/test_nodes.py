@@ -40,10 +40,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 WIDGETS_FOREVER = {
-    "VidGenLoadModel": ["model_name", "weight_dtype", "image_condition", "offload"],
+    "VidGenLoadModel": ["model_name", "weight_dtype", "image_condition", "offload", "storage", "budget_gb"],
     "VidGenLoadVAE": ["vae_name", "weight_dtype"],
     "VidGenLoadTextEncoders": ["text_name", "weight_dtype", "second_name", "vision_name", "tokenizer_folder"],
-    "VidGenLoadAll": ["model_folder", "weight_dtype"],
+    "VidGenLoadAll": ["model_folder", "weight_dtype", "storage", "budget_gb"],
     "VidGenEncodePrompt": ["prompt", "template", "custom_template", "image_interleave"],
     "VidGenSaveEmbeddings": ["filename_prefix"],
     "VidGenLoadEmbeddings": ["embeddings_name"],

@@ -31,6 +31,7 @@ from .memory.attention_chunks import chunked_attention
 from .memory.cancel import watched
 from .memory.host import Host, LocalHost, available_cores
 from .memory.oom import Measure, relieved
+from .memory.place import QuantisedLinear
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
 from .preview import LatentRGB
@@ -810,6 +811,8 @@ def choose_threads(settings: Sampling, model: VideoModel, shape: Sequence[int]) 
         return None
     tokens = math.prod(shape[2:]) // math.prod(model.family.patch(model.config))
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    small = (layer for layer in model.network.modules() if isinstance(layer, QuantisedLinear))
+    parameters += sum(layer.in_features * layer.out_features for layer in small)
     return 1 if 2 * parameters * tokens < SMALL_FLOPS else available_cores()
 
 

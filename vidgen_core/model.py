@@ -19,12 +19,13 @@ from .errors import CheckpointError, SettingsError, unknown_name
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, can_merge, describe, module_names
 from .memory.compiled import MODES, compiled, will_compile
-from .memory.host import available_memory
+from .memory.host import available_memory, memory_in_use
 from .memory.oom import Measure, relieved
+from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
-from .types import Conditioning, Defaults, Denoise, Held
+from .types import Conditioning, Defaults, Denoise, Held, VideoShape
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
@@ -32,9 +33,6 @@ from .weights.lora import Lora, read_lora
 from .weights.lora_names import Report, looks_like, match
 
 log = logging.getLogger("vidgen")
-
-AUTO = "auto"
-"""the choice that leaves it to the checkpoint"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -246,6 +244,8 @@ _CPU_SHARE = 0.5
 """of the free memory that weights may take as float32; the rest is for activations and the other parts"""
 _FILE_SHARE = 0.8
 """share of the free memory that a file's weights may take"""
+_RUN_BYTES = 64 * 2**20
+"""what a run takes besides weights and activations: libraries that come late, scratch of the matrix products"""
 _SMALL_BYTES = 2**30
 """weights that a GPU does not notice as float32"""
 
@@ -278,23 +278,45 @@ def build_part(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     stream: Sequence[str] = (),
+    storage: str = AUTO,
+    room: int | None = None,
 ) -> nn.Module:
     """The module of an identified checkpoint with its weights.
 
     Args:
         dtype: None chooses for the device, and lets float8 and packed weights that are large stay as they are.
         stream: paths of module lists whose blocks stay in the file; see ``weights.load.load_module``.
+        storage: how the linear weights of the blocks are held, one of ``memory.place.CHOICES``.
+        room: bytes that the module may take on the device; None: as many as it needs.
+
+    Raises:
+        SettingsError: a storage that does not exist, or too little room.
     """
+    check_choice(storage)
     part, device = found.family.parts[found.part], torch.device(device)
+    held = STORAGES.get(storage)
+    if held is not None and held.scaled == "no" and dtype in (None, held.dtype):
+        dtype, held = held.dtype, None  # plain weights
+    keeps = storage == AS_FILE or (dtype is None and (bool(stream) or not _is_small(header, device)))
+    if dtype is None and storage != AS_FILE:
+        dtype = choose_dtype(header, device, streamed=bool(stream) or held is not None)
     return load_module(
         header,
         lambda: part.build(found.config, header.metadata),
         layout=None if found.layout == "native" else part.layouts[found.layout],
-        dtype=choose_dtype(header, device, streamed=bool(stream)) if dtype is None else dtype,
+        dtype=dtype,
         device=device,
-        keep_quantised=dtype is None and (bool(stream) or not _is_small(header, device)),
+        keep_quantised=keeps,
         stream=stream,
+        storage=held,
+        stored=_blocks_of(found),
+        room=room,
     )
+
+
+def _blocks_of(found: Found) -> tuple[str, ...]:
+    """Paths of the module lists of a part that may be streamed, and whose linear weights may be stored small."""
+    return found.family.blocks if found.part == "network" else found.family.text.blocks.get(found.part, ())
 
 
 def choose_dtype(header: Header, device: torch.device, *, streamed: bool = False) -> torch.dtype | None:
@@ -317,11 +339,40 @@ def _is_small(header: Header, device: torch.device) -> bool:
     return 4 * header.num_parameters <= room
 
 
-def must_stream(header: Header, device: torch.device | str) -> bool:
-    """Whether a checkpoint's weights, as the file has them, do not fit the free memory of the device."""
+def must_stream(header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None) -> bool:
+    """Whether a checkpoint's weights, as the file has them or as they are stored, do not fit the device's free memory.
+
+    Args:
+        budget: bytes that this process may take there; None: all that is free.
+    """
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return header.num_bytes > _FILE_SHARE * free
+    if budget is not None:
+        free = min(free, budget - memory_in_use(device))
+    return _num_bytes(header, STORAGES.get(storage)) > _FILE_SHARE * free
+
+
+def _num_bytes(header: Header, storage: Storage | None) -> int:
+    """About what the weights take in memory."""
+    if storage is None:
+        return header.num_bytes
+    matrices = [info for info in header.tensors.values() if len(info.shape) == 2]
+    dense = header.num_bytes - sum(info.num_bytes for info in matrices)
+    return dense + sum(storage.num_bytes(*info.shape) for info in matrices)
+
+
+def room_for_weights(header: Header, found: Found, device: torch.device | str, budget: int) -> int:
+    """Bytes that a network's weights may take where this process may take ``budget`` on the device.
+
+    The rest is what it takes already, and what one forward of the checkpoint's usual size needs; for that at most half
+    of what is left, because a smaller video may be wanted.
+    """
+    device, defaults = torch.device(device), defaults_of(header, found)
+    shape = VideoShape(num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px)
+    wide = 2 if device.type == "cpu" else 1  # float32 there
+    left = budget - memory_in_use(device)
+    wanted = wide * found.family.activation_bytes(found.config, shape) + _RUN_BYTES
+    return left - min(wanted, max(0, left // 2))
 
 
 def load_network(
@@ -331,6 +382,8 @@ def load_network(
     device: torch.device | str = "cpu",
     stream: bool | None = False,
     image_condition: str = AUTO,
+    storage: str = AUTO,
+    budget: int | None = None,
 ) -> VideoModel:
     """The diffusion network of a checkpoint, with the defaults it carries or its family's.
 
@@ -340,10 +393,15 @@ def load_network(
         stream: leave the blocks in the file and read each one when it runs; None does so where they do not fit.
         image_condition: how the network is told an image, for files that do not say so themselves (text-to-video and
             token-replace networks have the same weights): a value of the config's field, or "auto".
+        storage: how the linear weights of the blocks are held, one of ``memory.place.CHOICES``.
+        budget: bytes that this process may take on the device; as many blocks as fit stay there. None: no limit.
+
+    Raises:
+        SettingsError: a choice that does not exist, or a budget that is too small even with every block streamed.
     """
     header, found = open_part(path, "network")
     found = with_image_condition(header, found, image_condition)
-    return network_of(header, found, dtype=dtype, device=device, stream=stream)
+    return network_of(header, found, dtype=dtype, device=device, stream=stream, storage=storage, budget=budget)
 
 
 def with_image_condition(header: Header, found: Found, choice: str) -> Found:
@@ -377,8 +435,11 @@ def network_of(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     stream: bool | None = False,
+    storage: str = AUTO,
+    budget: int | None = None,
 ) -> VideoModel:
     """:func:`load_network` of a checkpoint that is identified already."""
+    check_choice(storage)
     preview = header.metadata.get(PREVIEW_KEY)
     if not found.is_told:
         log.info(
@@ -386,11 +447,24 @@ def network_of(
             *(header.path.name, found.config.image_condition),
         )
     auto = stream is None
+    room = None if budget is None else room_for_weights(header, found, device, budget)
     if stream is None:
-        stream = must_stream(header, device)
-        if stream:
+        stream = budget is not None or must_stream(header, device, storage=storage)
+        if stream and budget is None:
             log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
-    network = _loaded(header, found, found.family.blocks, dtype=dtype, device=device, stream=stream, may_stream=auto)
+    elif stream:
+        room = None  # every block, whatever the budget
+    network = _loaded(
+        header,
+        found,
+        found.family.blocks,
+        dtype=dtype,
+        device=device,
+        stream=stream,
+        may_stream=auto,
+        storage=storage,
+        room=room,
+    )
     return VideoModel(
         family=found.family,
         config=found.config,
@@ -411,6 +485,8 @@ def _loaded(
     device: torch.device | str,
     stream: bool,
     may_stream: bool,
+    storage: str = AUTO,
+    room: int | None = None,
 ) -> nn.Module:
     """:func:`build_part`, with the blocks left in the file where their weights turn out not to fit.
 
@@ -421,7 +497,9 @@ def _loaded(
     advice = f"its weights are {size}: choose stream blocks where it can be chosen, a smaller dtype or a quantised file"
     from_file = Measure(name="with its blocks left in the file", tighten=lambda on: None if on else True)
     return relieved(
-        lambda on: build_part(header, found, dtype=dtype, device=device, stream=blocks if on else ()),
+        lambda on: build_part(
+            header, found, dtype=dtype, device=device, stream=blocks if on else (), storage=storage, room=room
+        ),
         stream,
         (from_file,) if may_stream and blocks else (),
         what=f"{found.title} in {header.path.name}",
@@ -530,8 +608,9 @@ def text_of(
     device: torch.device | str = "cpu",
     tokenizers: TokenizerPlaces | None = None,
     stream: bool | None = False,
+    budget: int | None = None,
 ) -> nn.Module:
-    """:func:`load_text` of files that are identified already."""
+    """:func:`load_text` of files that are identified already; where ``stream`` is None they must fit ``budget``."""
     config = text_config_of(files)
     family = next(iter(files.values()))[1].family
     headers = {part: header for part, (header, _) in files.items()}
@@ -541,7 +620,7 @@ def text_of(
         if part in family.text.later:
             later[part] = partial(build_part, header, item, dtype=dtype, device=device)
             continue
-        streamed = must_stream(header, device) if stream is None else stream
+        streamed = must_stream(header, device, budget=budget) if stream is None else stream
         blocks = family.text.blocks.get(part, ())
         modules[part] = _loaded(
             header, item, blocks, dtype=dtype, device=device, stream=streamed, may_stream=stream is None
