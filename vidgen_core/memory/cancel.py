@@ -65,7 +65,7 @@ def watched(host: Host, *modules: object) -> Iterator[None]:
     On a CPU that is every layer. A GPU works behind the program, so there it is every block, and the program does not
     run further ahead than :data:`BLOCKS_AHEAD` of them: the GPU never waits for it, and a stop is heard at once.
     """
-    on_gpu = host.device().type == "cuda"
+    on_gpu = host.device().type == "cuda" and torch.cuda.is_available()
     ask = _Pace(host) if on_gpu else _Question(host)
     hooks: list[Any] = []
     try:

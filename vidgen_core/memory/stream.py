@@ -139,8 +139,9 @@ class FileFeed:
     def take(self, number: int) -> Callable[[], Tensors]:
         coming = self._coming.pop(number, None)
         self.forget()  # what else came is for a block out of turn
-        tensors = _told(self.watch, self._read, number) if coming is None else result_of(coming)
-        return partial(self._finished, number, tensors)
+        if coming is None:  # in the thread as well: a read can take long, and this one hears a stop
+            coming = self._reader.submit(_told, self.watch, self._read, number)
+        return partial(self._finished, number, result_of(coming))
 
     def _finished(self, number: int, tensors: Tensors) -> Tensors:
         return tensors if self._finish is None else self._finish(number, tensors)
