@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "nn": BASE,
     "text": BASE | {"weights"},
     "tiling": BASE | {"codec"},
+    "bounded": BASE | {"codec", "nn"},
     "preview": BASE | {"codec"},
     "embeddings": BASE | PARTS | {"families", "text"},
     "resume": BASE | {"sampling"},
