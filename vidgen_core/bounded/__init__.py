@@ -2,14 +2,14 @@
 
 Each layer runs strip by strip (rows) and slab by slab (frames). Group norms get the statistics of the whole video,
 attention sees all frames so far, and between layers a video lies in memory or in a nameless file, or is computed
-again: :mod:`.plan` decides. Nothing is blended, so there is no seam that could show.
+again: :mod:`.planner` decides. Nothing is blended, so there is no seam that could show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..codec import Codec, draw
 from ..errors import SettingsError
+from ..memory.host import available_memory
 from ..nn.strips import Chain, Size
 from ..types import Grid, VideoShape
-from .plan import Job, Plan, make, smallest_bytes
+from .planner import Job, Plan, make, smallest_bytes
 from .run import OnTile, Run
 from .volumes import Input, Spill, Store
 
@@ -37,6 +38,28 @@ class LayeredCodec(Codec, Protocol):
     def moments_of(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C', T', H', W') of the encoder's chain -> mean and log variance at unit scale."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A wish for exact coding, as :func:`exact` takes it."""
+
+    budget_bytes: int | None = None
+    """None: half of what is free when coding begins"""
+    spill: Spill = None
+
+    def on(self, codec: Codec, *, on_tile: OnTile | None = None) -> ExactCodec:
+        """``codec`` within this bound."""
+        layered = exact(codec, self.budget_bytes or 0, spill=self.spill, on_tile=on_tile)
+        if self.budget_bytes is not None:
+            return layered
+        return replace(layered, budget_bytes=_free(layered.codec.decoder_chain().weight.device) // 2)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
 
 
 def exact(codec: Codec, budget_bytes: int, *, spill: Spill = None, on_tile: OnTile | None = None) -> ExactCodec:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..nn.strips import Affine, CausalAttention, Layer, Rows, Size, SoftmaxOverParts, Statistics, add_skip, chain_strip
-from .plan import KEYS_AT_ONCE, Job, Pass, Plan, Segment
+from .planner import KEYS_AT_ONCE, Job, Pass, Plan, Segment
 from .volumes import Input, Output, Sink, Source, Store, Volume
 
 OnTile = Callable[[int, int], None]

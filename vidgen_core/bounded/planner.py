@@ -21,7 +21,7 @@ WORK_BYTES = 48 << 20
 LONGEST = 6
 """Blocks in one segment: an upsampling, the residual blocks after it and the last convolution."""
 FRAMES_AT_ONCE = (4, 2, 1)
-ROWS_AT_ONCE = (128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+ROWS_AT_ONCE = (128, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 1024, 2048
 SLACK_BYTES = 12 << 20
 """Of the allocator and of the libraries that compute: measured, for everything but the strips and what is kept."""
