@@ -16,7 +16,7 @@ if __package__:
     from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler, Sigmas
     from .nodes.text import EncodePrompt
-    from .nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
+    from .nodes.video import Decode, DecodeSave, EncodeVideo, LoadVideo, SaveVideo
 
     NODE_CLASS_MAPPINGS = {
         "VidGenLoadModel": LoadModel,
@@ -40,6 +40,7 @@ if __package__:
         "VidGenSigmas": Sigmas,
         "VidGenFromConditioning": FromConditioning,
         "VidGenCompile": Compile,
+        "VidGenDecodeSave": DecodeSave,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -64,6 +65,7 @@ if __package__:
         "VidGenSigmas": "Sigmas (VidGen)",
         "VidGenFromConditioning": "From Conditioning (VidGen)",
         "VidGenCompile": "Compile (VidGen)",
+        "VidGenDecodeSave": "Decode and Save Video (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..vidgen_core.errors import Cancelled, MissingLibraryError, SettingsError, UserError
+from ..vidgen_core.errors import Cancelled, FileError, MissingLibraryError, SettingsError, UserError
 from .stop import Stop
 
 if TYPE_CHECKING:
@@ -118,6 +118,17 @@ def _add_generate(commands: Any) -> None:
         "--budget", metavar="SIZE", help="memory to stay under, such as 8GB; weights that do not fit are streamed"
     )
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
+    parser.add_argument(
+        "--decode",
+        choices=("tiles", "exact", "exact_disk"),
+        default="tiles",
+        help="tiles fade into each other (default); exact gives what one piece gives within --decode-memory; "
+        "exact_disk puts what does not fit into a temporary file",
+    )
+    parser.add_argument("--decode-memory", type=float, metavar="GB", help="for exact; half of what is free by default")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for the temporary file; beside the output by default"
+    )
     _add_common(parser)
     parser.set_defaults(command=_generate)
 
@@ -209,6 +220,7 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
             device=arguments.device,
             folders=model_folders(arguments.models),
             quiet=arguments.quiet,
+            scratch=getattr(arguments, "scratch", None),
         )
     except Stopped as stopped:
         advice = _going_on(stopped.kept) or "nothing was begun that could be kept"
@@ -283,6 +295,8 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     _add_loras(prompt, node_of(prompt, "VidGenSampler"), arguments.lora)
     if arguments.compile:
         _put_before(prompt, node_of(prompt, "VidGenSampler"), "VidGenCompile", "Compile", {"mode": "default"})
+    if arguments.decode != "tiles":
+        _decode_into_file(prompt, arguments.decode, arguments.decode_memory or 0.0)
     return prompt
 
 
@@ -307,6 +321,19 @@ def _show_image(prompt: dict[str, Any], plan: Plan) -> None:
 
 def _new_id(prompt: Mapping[str, Any]) -> str:
     return str(max(int(key) for key in prompt) + 1)
+
+
+def _decode_into_file(prompt: dict[str, Any], method: str, memory_gb: float) -> None:
+    """One node in the place of Decode and Save Video: frames go to the file as they are finished."""
+    from .render import node_of
+
+    decode = prompt.pop(node_of(prompt, "VidGenDecode"))
+    save = prompt[node_of(prompt, "VidGenSaveVideo")]
+    save["class_type"] = "VidGenDecodeSave"
+    save["_meta"] = {"title": "Decode and Save Video"}
+    del save["inputs"]["images"]
+    save["inputs"] |= {"vae": decode["inputs"]["vae"], "latent": decode["inputs"]["latent"]}
+    save["inputs"] |= {"method": method, "memory_gb": memory_gb}
 
 
 def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
@@ -435,6 +462,7 @@ def _preflight(arguments: argparse.Namespace, model: str) -> Plan:
     config = _told(arguments, family, network.config)
     _check_inputs(arguments, host, family, config, shape)
     shown = arguments.image is not None and sees_images(headers, found)
+    _check_decoding(arguments, family, found["codec"].config, shape)
     # A video that is changed keeps its own frame rate: the workflow links it.
     own_fps = None if arguments.video is not None else float(defaults.fps)
     return Plan(
@@ -470,6 +498,27 @@ def _check_inputs(arguments: argparse.Namespace, host: Any, family: Any, config:
     family.keyframes.check(config, keyframes, shape.num_frames)
     if arguments.video is not None:
         host.find_input(arguments.video)
+
+
+def _check_decoding(arguments: argparse.Namespace, family: Any, config: Any, shape: Any) -> None:
+    """Raise UserError for a folder that is none, or for memory in which this size cannot be decoded in any dtype."""
+    if arguments.scratch is not None and not arguments.scratch.is_dir():
+        raise FileError("The folder for temporary files does not exist", given=arguments.scratch, do="create it")
+    if arguments.decode_memory is None:
+        return
+    if arguments.decode == "tiles":
+        raise SettingsError(
+            "Tiles have no bound of memory", given=f"--decode-memory {arguments.decode_memory}", do="add --decode exact"
+        )
+    import torch
+
+    from ..vidgen_core.bounded import exact, plan
+
+    with torch.device("meta"):
+        codec = family.codec(family.parts["codec"].build(config, {}).to(torch.bfloat16), config)
+    budget = int(arguments.decode_memory * 1e9)
+    spills = arguments.decode == "exact_disk"
+    plan(exact(codec, budget).codec, "decode", shape, budget, spills=spills, in_time_order=True)
 
 
 def parse_size(text: str) -> tuple[int, int]:

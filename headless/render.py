@@ -223,6 +223,7 @@ def render(
     device: str | None = None,
     folders: Sequence[Path] = (),
     quiet: bool = False,
+    scratch: Path | None = None,
 ) -> list[Path]:
     """Run ``prompt``; the videos it saved.
 
@@ -231,6 +232,7 @@ def render(
         stop: listening already; asked between nodes and, through the host, within them.
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
+        scratch: where large temporary files lie; None is beside the output.
 
     Raises:
         UserError, Cancelled, executor.NodeError.
@@ -239,7 +241,7 @@ def render(
     from ..nodes import host as hosts
     from ..vidgen_core.media import check_writable
 
-    host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event)
+    host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event, scratch=scratch)
     if output is None or output.is_dir():
         host.output_folder = output or host.output_folder
     else:

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "nn": BASE,
     "text": BASE | {"weights"},
     "tiling": BASE | {"codec"},
+    "bounded": BASE | {"codec", "memory", "nn"},
     "preview": BASE | {"codec"},
     "embeddings": BASE | PARTS | {"families", "text"},
     "health": BASE | {"codec", "memory", "finite"},
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "generate": BASE
     | MATHS
     | PARTS
-    | {"bundle", "families", "health", "keyframes", "model", "preview", "resume", "tiling"},
+    | {"bounded", "bundle", "families", "health", "keyframes", "model", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),
     "training": frozenset({"core"}),

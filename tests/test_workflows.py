@@ -119,7 +119,18 @@ SIZES = {"hunyuan_inpaint": (64, 64), "hunyuan_outpaint": (32, 48)}
 
 
 def test_there_are_workflows() -> None:
-    tasks = ("t2v", "i2v", "i2v_v1", "v2v", "inpaint", "outpaint", "low_memory", "lora_stack", "compile")
+    tasks = (
+        "t2v",
+        "i2v",
+        "i2v_v1",
+        "v2v",
+        "inpaint",
+        "outpaint",
+        "low_memory",
+        "lora_stack",
+        "compile",
+        "exact_decode",
+    )
     tasks += ("save_embeddings", "load_embeddings")
     assert {f"hunyuan_{task}" for task in tasks} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES

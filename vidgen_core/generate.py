@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .bounded import Bound
 from .bundle import Bundle
 from .bundle import load_bundle as load_bundle  # the way in, offered here with the rest of the path
 from .codec import Codec
@@ -46,6 +47,8 @@ log = logging.getLogger("vidgen")
 MAX_BATCH = 64
 TEXT_ADVICE = "use quantised text encoders, or encode on another machine and load the embeddings"
 TILES = Tiling()
+Coding = Tiling | Bound | None
+"""How a codec saves memory: blended tiles, exactly within a bound, or not at all (one pass)."""
 SMALL_FLOPS = 4e10
 """a forward below this takes one core about a second"""
 
@@ -499,18 +502,18 @@ SAMPLING_MEASURES: tuple[Measure[_Plan], ...] = (
 SMALL_TILES = Tiling(tile_px=128, stride_px=96, tile_frames=16, stride_frames=12)
 
 
-def _tiled(tiling: Tiling | None) -> Tiling | None:
-    return TILES if tiling is None else None
+def _tiled(coding: Coding) -> Coding:
+    return TILES if coding is None else None
 
 
-def _smaller_tiles(tiling: Tiling | None) -> Tiling | None:
-    is_large = tiling is not None and (
+def _smaller_tiles(tiling: Coding) -> Coding:
+    is_large = isinstance(tiling, Tiling) and (
         tiling.tile_px > SMALL_TILES.tile_px or tiling.tile_frames > SMALL_TILES.tile_frames
     )
     return SMALL_TILES if is_large else None
 
 
-DECODING_MEASURES: tuple[Measure[Tiling | None], ...] = (
+DECODING_MEASURES: tuple[Measure[Coding], ...] = (
     Measure(name=f"in tiles of {TILES.tile_px} px and {TILES.tile_frames} frames", tighten=_tiled),
     Measure(name=f"in tiles of {SMALL_TILES.tile_px} px and {SMALL_TILES.tile_frames} frames", tighten=_smaller_tiles),
 )
@@ -614,7 +617,7 @@ def decode_latents(
     codec: Codec,
     latents: Tensor,
     *,
-    tiling: Tiling | None = TILES,
+    tiling: Coding = TILES,
     host: Host | None = None,
     threads: int | None = None,
     retry: bool = True,
@@ -622,26 +625,30 @@ def decode_latents(
     """(B, C, T, H, W) latents -> video (B, 3, T, H, W) float32 in [-1, 1] on the CPU, one sample at a time.
 
     Args:
-        tiling: of videos larger than one tile; None decodes in one pass. Where that does not fit the memory, smaller
-            tiles are tried.
+        tiling: of videos larger than one tile, or a bound within which they are decoded exactly; None decodes in one
+            pass. Where that does not fit the memory, smaller tiles are tried.
         retry: a decoder whose numbers are not finite is tried again in a safe way.
 
     Raises:
         NumericsError: the decoder's output is not finite, which would be a black video.
         MemoryLimitError: small tiles do not fit the memory either.
+        SettingsError: the bound is too small for a video of this size.
     """
     host = host or LocalHost()
 
-    def decode(tiling: Tiling | None) -> Tensor:
+    def decode(coding: Coding) -> Tensor:
         videos = []
         with CheckedCodec(codec, retry=retry) as checked:
             for index, one in enumerate(latents.cpu().split(1)):
                 host.check_cancelled()
                 host.progress("decode", index, len(latents))
-                on_tile = _on_tile(host, index, len(latents))
-                one_codec = checked if tiling is None else tiled(checked, tiling, on_tile=on_tile)
+                on_tile = _on_tile(host, "decode", index, len(latents))
+                # An exact codec needs the layers themselves, so that it is checked from outside.
+                is_exact = isinstance(coding, Bound)
+                one_codec = saving(codec if is_exact else checked, coding, on_tile)
+                one_codec = CheckedCodec(one_codec, retry=False) if is_exact else one_codec
                 videos.append(one_codec.decode(one).cpu().float().clamp_(-1, 1))
-        return torch.cat(videos)
+        return videos[0] if len(videos) == 1 else torch.cat(videos)
 
     with torch.inference_mode(), using_threads(threads), watched(host, codec):
         video = relieved(
@@ -667,12 +674,77 @@ def _fewer_pixels(codec: Codec, latents: Tensor) -> str:
     )
 
 
-def _on_tile(host: Host, index: int, num_videos: int) -> OnTile:
+def decode_frames(
+    codec: Codec,
+    latents: Tensor,
+    *,
+    bound: Bound,
+    host: Host | None = None,
+    threads: int | None = None,
+    hidden_frames: int = 0,
+) -> Iterator[Tensor]:
+    """The frames of :func:`decode_latents`, (3, H, W) one by one as they are finished; videos follow each other.
+
+    Only a few finished frames are in memory at a time, so that a video may be longer than would fit.
+
+    Args:
+        hidden_frames: at the start of each video, left out.
+
+    Raises:
+        NumericsError, SettingsError: as :func:`decode_latents`.
+    """
+    host = host or LocalHost()
+    for index, one in enumerate(latents.cpu().split(1)):
+        host.check_cancelled()
+        parts = bound.on(codec, on_tile=_on_tile(host, "decode", index, len(latents))).frames(one)
+        first = 0
+        with contextlib.closing(parts):
+            while True:
+                # The caller has the turn between two parts: what is set for computing is set anew for each.
+                with torch.inference_mode(), using_threads(threads), watched(host, codec):
+                    part = next(parts, None)
+                    shown = None if part is None else _shown(part.cpu().float())
+                if shown is None:
+                    break
+                yield from shown[:, max(0, hidden_frames - first) :].unbind(1)
+                first += shown.shape[1]
+    host.progress("decode", len(latents), len(latents))
+
+
+def encode_video(codec: Codec, video: Tensor, *, tiling: Coding = TILES, host: Host | None = None) -> Tensor:
+    """(B, 3, T, H, W) in [-1, 1] -> latents at unit scale; ``tiling`` as in :func:`decode_latents`.
+
+    Raises:
+        SettingsError: a size that the codec cannot take, or a bound too small for it.
+    """
+    host = host or LocalHost()
+    with torch.inference_mode(), watched(host, codec):
+        host.check_cancelled()
+        return saving(codec, tiling, _on_tile(host, "encode", 0, 1)).encode(video)
+
+
+def saving(codec: Codec, coding: Coding, on_tile: OnTile | None = None) -> Codec:
+    """``codec`` that saves memory in this way."""
+    if coding is None:
+        return codec
+    return tiled(codec, coding, on_tile=on_tile) if isinstance(coding, Tiling) else coding.on(codec, on_tile=on_tile)
+
+
+def _shown(video: Tensor) -> Tensor:
+    """Clamped in place; NumericsError where it is not finite."""
+    if not bool(torch.isfinite(video).all()):
+        raise NumericsError(
+            "The decoded video is not finite", do="load the VAE in float32 or bfloat16: float16 overflows"
+        )
+    return video.clamp_(-1, 1)
+
+
+def _on_tile(host: Host, what: str, index: int, num_videos: int) -> OnTile:
     """Progress in tiles of all videos, and a question whether to stop."""
 
     def on_tile(done: int, total: int) -> None:
         if total > 1:
-            host.progress("decode", index * total + done, num_videos * total)
+            host.progress(what, index * total + done, num_videos * total)
         host.check_cancelled()
 
     return on_tile
@@ -688,6 +760,7 @@ def generate(
     method: str = "auto",
     mode: str | None = None,
     prompt_image: Tensor | None = None,
+    tiling: Coding = TILES,
     host: Host | None = None,
 ) -> Tensor:
     """A video for each prompt (and ``num_videos`` of each).
@@ -700,6 +773,7 @@ def generate(
         mode: how closely motion keeps to them, a key of ``family.keyframes.modes``; None: the family's default.
         prompt_image: (H, W, 3) in [0, 1]: the picture as text encoders with eyes see it, whole; None: as the first
             keyframe shows it.
+        tiling: how the decoder saves memory, see :func:`decode_latents`.
 
     Returns:
         (B, 3, T, H, W) float32 in [-1, 1] on the CPU.
@@ -763,7 +837,7 @@ def generate(
         run=run,
     )
     with contextlib.nullcontext() if run is None else run.saved_on_failure():
-        video = decode_latents(bundle.codec, latents, host=host, threads=threads, retry=settings.retry)
+        video = decode_latents(bundle.codec, latents, tiling=tiling, host=host, threads=threads, retry=settings.retry)
     if run is not None:
         run.remove()
     return video[:, :, rules.hidden_frames(model.config) :]

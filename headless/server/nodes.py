@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...nodes.host import IMAGE_ENDINGS, VIDEO_ENDINGS, current
-from ...nodes.video import changed_at, found_input, watched
+from ...nodes.video import changed_at, found_input, told
 from ...vidgen_core.errors import FileError
 from .host import ServerHost
 
@@ -199,7 +199,7 @@ class SaveVideo:
         is_webm = format == "webm" or (format == "auto" and codec == "vp9")
         path, subfolder = host.output_path(filename_prefix, ".webm" if is_webm else ".mp4")
         tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
-        frames = watched(images_to_frames(video.images), len(video.images), host)
+        frames = told(images_to_frames(video.images), len(video.images), host)
         write_video(path, frames, fps=video.fps, metadata={name: json.dumps(value) for name, value in tags.items()})
         shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
         return {"ui": {"images": [shown], "animated": (True,)}}
