@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -272,10 +272,12 @@ def execute(
     *,
     extra_pnginfo: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
+    up_to: Collection[str] = (),
 ) -> dict[str, Mapping[str, Any]]:
     """Check ``prompt`` and run its output nodes.
 
     Args:
+        up_to: class names: run the nodes of these that the output nodes need, and nothing that comes after.
         extra_pnginfo: goes to nodes with a hidden EXTRA_PNGINFO, e.g. ``{"workflow": UI-format graph}``.
         on_event: told what runs; it may raise :class:`Cancelled` to stop between two nodes.
 
@@ -289,6 +291,9 @@ def execute(
     """
     outputs = check(prompt, classes)
     needed = order(prompt, outputs)
+    if up_to:
+        outputs = [node_id for node_id in needed if prompt[node_id]["class_type"] in up_to]
+        needed = order(prompt, outputs)
     # A result lives until its last reader has run: a text encoder must not fill memory during decoding.
     readers = Counter(source for node_id in needed for source in set(_sources(prompt, node_id)))
     results: dict[str, tuple[Any, ...]] = {}

@@ -18,6 +18,9 @@ from .errors import CheckpointError, SettingsError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
 from .memory.host import available_memory
+from .nn.backends import AttentionChoice
+from .nn.joint_blocks import computing_attention
+from .nn.parallel import current_team, split_over
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
@@ -49,6 +52,8 @@ class VideoModel:
     """how to show unfinished latents, if the checkpoint says so"""
     loras: tuple[LoraUse, ...] = ()
     """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
+    attention: AttentionChoice | None = None
+    """how attention is computed inside :meth:`patched`; None leaves it as it is outside"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -104,9 +109,28 @@ class VideoModel:
             config = replace(config, in_channels=channels)
         return replace(self, config=config, loras=(*self.loras, use))
 
+    def with_attention(self, choice: AttentionChoice) -> VideoModel:
+        """This model with another way to compute attention, around the same network, which is left alone.
+
+        Raises:
+            MissingLibraryError, SettingsError: it cannot run here.
+        """
+        choice.check()
+        return replace(self, attention=choice)
+
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """The network with this model's LoRAs, for the time of the block; not to be nested."""
+        """The network with this model's LoRAs and attention, split over the current team; not to be nested.
+
+        Raises:
+            SettingsError: the network can be neither split nor looked at in tiles, and it should be.
+        """
+        attention = computing_attention(self.network, self.attention)
+        with self._with_loras(), split_over(self.network, current_team()), attention:
+            yield
+
+    @contextlib.contextmanager
+    def _with_loras(self) -> Iterator[None]:
         if not self.loras:
             yield
             return

@@ -24,17 +24,19 @@ SAVE_EVERY_S = 30.0
 class RunFile:
     """One file per run: written when the run stops early, read when it starts again, removed when it is done."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, writes: bool = True) -> None:
         """
         Args:
             path: of the file; it need not exist.
             identity: everything the result depends on; JSON values.
+            writes: false for processes that help another one, which keeps the run for all of them.
 
         Raises:
             FileError: nothing could be written there. Better told before the work than after it.
         """
         self.path = path
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self._writes = writes
         self._last: SamplerState | None = None
         self._saved_at = time.monotonic()
         if path.is_dir() or not path.parent.is_dir():
@@ -87,7 +89,7 @@ class RunFile:
 
     def save(self) -> None:
         """Write the last state; a finished run too, as long as its result is in no file: decoding may be stopped."""
-        if self._last is None or self._last.step == 0:
+        if self._last is None or self._last.step == 0 or not self._writes:
             return
         try:
             self._last.save(self.path)
@@ -97,7 +99,8 @@ class RunFile:
 
     def remove(self) -> None:
         """The run is done."""
-        self.path.unlink(missing_ok=True)
+        if self._writes:
+            self.path.unlink(missing_ok=True)
 
 
 def _short(value: object, limit: int = 80) -> str:

@@ -1,7 +1,7 @@
 """Scaled dot-product attention, in one place: every network calls :func:`attention`.
 
-How it is computed is no argument of any network. A run says it from outside, with :func:`attending_with` and a function
-of the same four arguments: a kernel (``backends``), a sparse pattern (``sliding_tiles``), several processes (``parallel``).
+How it is computed is no argument of any network. A run says it from outside, with :func:`attending_with` and a
+function of the same four arguments: kernels (``backends``), a pattern (``sliding_tiles``), processes (``parallel``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .backends import AttentionChoice, Attend, Dispatcher, needs_gradients, plain
+from .backends import Attend, AttentionChoice, Dispatcher, needs_gradients, plain
 
 _DEFAULT = Dispatcher(AttentionChoice())
 _attend: ContextVar[Attend] = ContextVar("vidgen_attend", default=_DEFAULT)

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +60,8 @@ class AttentionChoice:
         if self.max_score_bytes <= 0:
             raise SettingsError("The room for scores cannot be used", given=self.max_score_bytes, expected="above 0")
 
-    def check(self, device: torch.device) -> None:
-        """Raise MissingLibraryError or SettingsError if the chosen backend cannot run here at all."""
+    def check(self) -> None:
+        """Raise MissingLibraryError or SettingsError if the chosen backend cannot run on this machine at all."""
         backend = BACKENDS.get(self.backend)
         if backend is None:
             return
@@ -71,10 +71,10 @@ class AttentionChoice:
                 given=f"attention backend {backend.name}",
                 do=f"pip install {backend.library.package}, or choose {AUTO}",
             )
-        if backend.needs_gpu and device.type != "cuda":
+        if backend.needs_gpu and not torch.cuda.is_available():
             raise SettingsError(
                 f"{backend.title} runs on NVIDIA and AMD GPUs only",
-                given=f"attention backend {backend.name} on {device}",
+                given=f"attention backend {backend.name} on a machine without one",
                 do=f"choose {AUTO}",
             )
 
@@ -219,7 +219,7 @@ class Backend:
         return self.library is None or _is_installed(self.library.module)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -275,7 +275,7 @@ def _sage(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, max_score_bytes:
     return sageattn(q.contiguous(), k.contiguous(), v.contiguous(), tensor_layout="HND", is_causal=False)
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled_flex() -> Callable[..., Any]:
     """FlexAttention is fast and small in memory only when it is compiled."""
     return torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
@@ -435,7 +435,7 @@ def by_groups(attend: Attend, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _varlen() -> Callable[..., Any] | None:
     """torch's kernel for sequences of different lengths laid end to end (torch 2.10 and later)."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -471,7 +471,7 @@ class Dispatcher:
         self.choice = choice
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if needs_gradients(q, k, v):
+        if q.is_meta or needs_gradients(q, k, v):  # without numbers there is nothing to choose by
             return plain(q, k, v, mask)
         groups = without_padding(mask)
         if groups is None:
@@ -493,10 +493,17 @@ class Dispatcher:
     def backend_for(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Backend:
         """The backend of these tensors: decided once for their class of shapes."""
         lengths = q.shape[2].bit_length(), k.shape[2].bit_length()
-        shapes = (q.device, q.dtype, q.shape[-1], None if mask is None else mask.shape[-2] > 1, *lengths)
-        known = _verdicts.get((self.choice.backend, *shapes))
+        key = (
+            self.choice.backend,
+            q.device,
+            q.dtype,
+            q.shape[-1],
+            None if mask is None else mask.shape[-2] > 1,
+            *lengths,
+        )
+        known = _verdicts.get(key)
         if known is None:
-            known = _verdicts[self.choice.backend, *shapes] = self._decide(q, k, v, mask)
+            known = _verdicts[key] = self._decide(q, k, v, mask)
         return known
 
     def _decide(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Backend:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from .attention import attending_with, current
+from .backends import AttentionChoice, Dispatcher
 from .sliding_tiles import Grid, SlidingTiles, sliding
 
 
@@ -77,4 +78,14 @@ def sliding_over(network: nn.Module, pattern: SlidingTiles | None) -> Iterator[N
             return inner(video, text, context)
 
     with around_blocks(network, wrap):
+        yield
+
+
+@contextlib.contextmanager
+def computing_attention(network: nn.Module, choice: AttentionChoice | None) -> Iterator[None]:
+    """Compute attention in the chosen way: everything in this block, and the pattern in ``network`` alone."""
+    if choice is None:
+        yield
+        return
+    with attending_with(Dispatcher(choice)), sliding_over(network, choice.tiles):
         yield

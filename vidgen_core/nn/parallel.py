@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError, unknown_name
 from .attention import attending_with, current
-from .backends import MAX_SCORE_BYTES, Attend, key_groups, needs_gradients, with_lse
+from .backends import MAX_SCORE_BYTES, Attend, Dispatcher, key_groups, needs_gradients, with_lse
 from .joint_blocks import JointContext, ThroughBlocks, around_blocks
 from .sliding_tiles import Grid
 
@@ -286,28 +286,44 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     return out_a * (lse_a - lse).exp() + out_b * (lse_b - lse).exp(), lse
 
 
+def _split_attention(team: Team, split: Split, local: Attend) -> Attend:
+    """The method that suits the network's heads. A ring has no place for another ``local`` attention."""
+    methods = {"ulysses": ulysses(team, split, local), "ring": ring(team, split)}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        method = choose_method(team.method, q.shape[1], team.size)
+        if method == "ring" and not isinstance(local, Dispatcher):
+            raise SettingsError(
+                "Sliding tiles need all tokens of a head in one process",
+                given=f"ring with {q.shape[1]} heads and {team.size} processes",
+                do="use a number of processes that divides the heads, or turn the tiles off",
+            )
+        return methods[method](q, k, v, mask)
+
+    return attend
+
+
 # --- the transformation -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def split_over(network: nn.Module, team: Team | None, *, num_heads: int) -> Iterator[None]:
+def split_over(network: nn.Module, team: Team | None) -> Iterator[None]:
     """Let each process of ``team`` work on its part of the video tokens; None or a team of one changes nothing.
 
-    The network's inputs and outputs stay whole, and equal on all processes.
+    The network's inputs and outputs stay whole, and equal on all processes. A transformation that decides something by
+    looking at the tokens must decide the same everywhere: here it sees a part of them.
 
     Raises:
-        SettingsError: the network's heads or blocks do not allow it.
+        SettingsError: the network's blocks do not allow it, or, when it runs, its heads.
     """
     if team is None or team.size == 1:
         yield
         return
-    method = choose_method(team.method, num_heads, team.size)
 
     def wrap(inner: ThroughBlocks, video: Tensor, text: Tensor, context: JointContext) -> Tensor:
         split = Split(context.grid, team.size)
-        attend = ulysses(team, split, current()) if method == "ulysses" else ring(team, split)
         part = context.of_part(lambda x: split.take(x, team.rank, dim=0))
-        with attending_with(attend):
+        with attending_with(_split_attention(team, split, current())):
             out = inner(split.take(video, team.rank, dim=1), text, part)
         return split.join(gather(out, team.size), dim=1)
 

@@ -244,7 +244,7 @@ def visible(pattern: SlidingTiles, grid: Grid) -> Tensor:
 
 @lru_cache(maxsize=4)
 def block_mask(pattern: SlidingTiles, grid: Grid, num_text: int, device: torch.device, block: int) -> Any:
-    """FlexAttention's description of the pattern over :func:`tile_order`, made block by block and never token by token."""
+    """FlexAttention's description of the pattern over :func:`tile_order`, made block by block, not token by token."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     queries, keys = (tile_order(pattern, grid, number, device, block) for number in (0, num_text))
     sees = visible(pattern, grid).to(device)
