@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..vidgen_core.errors import SettingsError
+from ..vidgen_core.errors import Cancelled, SettingsError
 from .stop import Stop
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ def run_team(work: Work, size: int, method: str, stop: Stop) -> int:
     """Run ``work`` in ``size`` processes; the exit status of the first one.
 
     ``stop`` asks the first process to stop, which ends all; a KeyboardInterrupt here ends them at once.
+
+    Raises:
+        Cancelled: it was asked to, and ended before it could say anything itself.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="vidgen-team-") as folder:
@@ -128,6 +131,8 @@ def run_team(work: Work, size: int, method: str, stop: Stop) -> int:
         if failed is not None:
             _report(members[failed], processes[failed])
         status = processes[0].exitcode
+        if stop.event.is_set() and (status is None or status < 0):
+            raise Cancelled("stopped by the user")
         return status if status is not None and status >= 0 else 1
 
 
