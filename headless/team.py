@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -136,7 +136,7 @@ def run_team(work: Work, size: int, method: str, stop: Stop) -> int:
         return status if status is not None and status >= 0 else 1
 
 
-def _watch(processes: list[BaseProcess], stop: Stop) -> int | None:
+def _watch(processes: Sequence[BaseProcess], stop: Stop) -> int | None:
     """Wait for the first process. The rank of another one, if that is what went wrong."""
     patience: float | None = None
     culprit: int | None = None
@@ -157,7 +157,7 @@ def _watch(processes: list[BaseProcess], stop: Stop) -> int | None:
     return culprit if culprit is not None and processes[culprit].exitcode != _BAD_INPUT else None
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.pid is not None and process.is_alive():
             process.kill()

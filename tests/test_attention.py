@@ -122,12 +122,17 @@ def test_few_holes_are_not_worth_a_copy() -> None:
     assert backends.without_padding(MASKS["pairs of tokens"]) is None
 
 
-def test_packed_samples_are_the_masked_ones() -> None:
+@pytest.mark.parametrize("wrong", [False, True])
+def test_packed_samples_are_the_masked_ones(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The layout that kernels for sequences laid end to end want, with a kernel that computes them one by one."""
     mask = lengths(9, 40, 23)
+    calls = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int) -> Tensor:
         assert (max_q, max_k) == (40, 40)
+        calls.append(q.shape[1])
         assert ends_q.dtype == ends_k.dtype == torch.int32
         parts = []
         for (q0, q1), (k0, k1) in zip(
@@ -135,11 +140,17 @@ def test_packed_samples_are_the_masked_ones() -> None:
         ):
             one = (x[None].transpose(1, 2) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
             parts.append(exact(*one)[0].transpose(0, 1))
-        return torch.cat(parts)
+        return torch.cat(parts) * (1.1 if wrong else 1)
 
+    monkeypatch.setattr(backends, "_has_varlen", lambda q: True)
+    monkeypatch.setattr(backends, "_PACKABLE", ("sdpa",))
+    monkeypatch.setattr(backends, "varlen_kernel", lambda: kernel)
     given = qkv(batch=3)
-    found = backends._packed(*given, backends.key_groups(mask), kernel)
-    assert error(found, exact(*given, mask)) < ROUNDING
+    with torch.no_grad():
+        for _ in range(2):
+            assert error(Dispatcher(AttentionChoice())(*given, mask), exact(*given, mask)) < ROUNDING
+    assert calls == ([1] if wrong else [1, 2, 2])  # one head is tried first
+    assert ("packed samples are left out" in caplog.text) == wrong
 
 
 @pytest.mark.parametrize("name", ["none", "padding", "pairs of tokens"])

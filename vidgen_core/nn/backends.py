@@ -435,11 +435,19 @@ def by_groups(attend: Attend, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@cache
-def _varlen() -> Callable[..., Any] | None:
-    """torch's kernel for sequences of different lengths laid end to end (torch 2.10 and later)."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None
+_PACKABLE = ("sdpa_flash", "flash_attn_2")
+"""backends that are the kernel which also takes packed samples"""
+
+
+def _has_varlen(q: Tensor) -> bool:
+    """torch has its kernel for sequences of different lengths laid end to end from 2.10 on."""
+    return (
+        _half_on_gpu(q, None, max_width=256, capability=(8, 0))
+        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    )
+
+
+def varlen_kernel() -> Callable[..., Any]:
     return importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
 
@@ -458,6 +466,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[KeyGroup], kernel:
 
 _Class = tuple[Any, ...]
 _verdicts: dict[_Class, Backend] = {}
+"""class of shapes -> what computes it"""
+_packed_verdicts: dict[_Class, bool] = {}
 _said: set[tuple[str, ...]] = set()
 
 
@@ -476,19 +486,29 @@ class Dispatcher:
         groups = without_padding(mask)
         if groups is None:
             return self._dense(q, k, v, mask)
-        if len(groups) == q.shape[0] > 1 and (kernel := self._varlen_for(q)) is not None:
-            return _packed(q, k, v, groups, kernel)
+        if len(groups) == q.shape[0] > 1 and self._packs(q, k, v, groups):
+            return _packed(q, k, v, groups, varlen_kernel())
         return by_groups(self._dense, q, k, v, groups)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return self.backend_for(q, k, v, mask).run(q, k, v, mask, self.choice.max_score_bytes)
 
-    def _varlen_for(self, q: Tensor) -> Callable[..., Any] | None:
-        """The kernel for packed samples, where it is the one that would be picked for one of them."""
-        if not _half_on_gpu(q, None, max_width=256, capability=(8, 0)):
-            return None
-        one = q[:1]
-        return _varlen() if self.backend_for(one, one, one, None).name == "sdpa_flash" else None
+    def _packs(self, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[KeyGroup]) -> bool:
+        """Whether the samples go in one call: where each alone would go to the same kernel, and if that is right."""
+        if not _has_varlen(q) or self.backend_for(q[:1], k[:1], v[:1], None).name not in _PACKABLE:
+            return False
+        key = (q.device, q.dtype, q.shape[-1], q.shape[2].bit_length(), k.shape[2].bit_length())
+        if key not in _packed_verdicts:
+            problem = compare(
+                lambda q, k, v: _packed(q, k, v, groups, varlen_kernel()),
+                lambda q, k, v: by_groups(plain, q, k, v, groups),
+                [x[:, :1] for x in (q[:, :, : _SAMPLE[1]], k, v)],
+                TOLERANCE[q.dtype],
+            )
+            if problem is not None:
+                say_once(logging.WARNING, "attention on %s: packed samples are left out, %s", str(q.device), problem)
+            _packed_verdicts[key] = problem is None
+        return _packed_verdicts[key]
 
     def backend_for(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Backend:
         """The backend of these tensors: decided once for their class of shapes."""
@@ -531,6 +551,7 @@ def say_once(level: int, *words: str) -> None:
 def forget_verdicts() -> None:
     """Look again at what is installed and right."""
     _verdicts.clear()
+    _packed_verdicts.clear()
     _said.clear()
     _is_installed.cache_clear()
 
@@ -552,8 +573,8 @@ def find_problem(backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
     mask = None if mask is None else mask[:1, :heads, :queries, :keys]
     limit = ROUGH if backend.approximate else TOLERANCE.get(q.dtype, 2e-2)
     return compare(
-        lambda *given: backend.run(*given, mask, MAX_SCORE_BYTES),
-        lambda *given: _math(*given, mask, MAX_SCORE_BYTES),
+        lambda q, k, v: backend.run(q, k, v, mask, MAX_SCORE_BYTES),
+        lambda q, k, v: _math(q, k, v, mask, MAX_SCORE_BYTES),
         (q, k, v),
         limit,
     )

@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -225,14 +226,14 @@ def ring(team: Team, split: Split, max_score_bytes: int = MAX_SCORE_BYTES) -> At
 
     Text is looked at where it is first met, at home. Its own queries go along with those of the part.
     """
+    at_home: list[tuple[Tensor, Tensor]] = []  # the mask of all keys, and that of the keys here: one for all layers
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         assert not needs_gradients(q, k, v), "gradients do not flow between processes"
         num_part = split.frames * split.share
-        k_text, v_text, m_text = k[:, :, num_part:], v[:, :, num_part:], None
-        if mask is not None:
-            assert mask.shape[1:3] == (1, 1), "the mask is of keys alone"
-            m_text = mask[..., split.frames * split.area :]
+        k_text, v_text = k[:, :, num_part:], v[:, :, num_part:]
+        if mask is not None and not (at_home and at_home[0][0] is mask):
+            at_home[:] = [(mask, _mask_at_home(mask, split, team.rank))]
         passing = torch.stack([k[:, :, :num_part], v[:, :, :num_part]])
         total: tuple[Tensor, Tensor] | None = None
         for step in range(team.size):
@@ -242,7 +243,7 @@ def ring(team: Team, split: Split, max_score_bytes: int = MAX_SCORE_BYTES) -> At
             seen = None
             if step == 0:
                 keys, values = torch.cat([keys, k_text], dim=2), torch.cat([values, v_text], dim=2)
-                seen = _with_video(m_text, split.frames * split.num_real(owner))
+                seen = None if mask is None else at_home[0][1]
             if keys.shape[2]:
                 total = _sum_up(total, q, keys, values, seen, max_score_bytes)
             if coming is not None:
@@ -253,9 +254,10 @@ def ring(team: Team, split: Split, max_score_bytes: int = MAX_SCORE_BYTES) -> At
     return attend
 
 
-def _with_video(text: Tensor | None, num_video: int) -> Tensor | None:
-    """The mask of video tokens, all of which may be looked at, and text."""
-    return None if text is None else F.pad(text, (num_video, 0), value=True)
+def _mask_at_home(mask: Tensor, split: Split, rank: int) -> Tensor:
+    """Of the part's tokens, all of which may be looked at, and text."""
+    assert mask.shape[1:3] == (1, 1), "the mask is of keys alone"
+    return F.pad(mask[..., split.frames * split.area :], (split.frames * split.num_real(rank), 0), value=True)
 
 
 def _sum_up(
@@ -288,7 +290,8 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 def _split_attention(team: Team, split: Split, local: Attend) -> Attend:
     """The method that suits the network's heads. A ring has no place for another ``local`` attention."""
-    methods = {"ulysses": ulysses(team, split, local), "ring": ring(team, split)}
+    room = local.choice.max_score_bytes if isinstance(local, Dispatcher) else MAX_SCORE_BYTES
+    methods = {"ulysses": ulysses(team, split, local), "ring": ring(team, split, room)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         method = choose_method(team.method, q.shape[1], team.size)
@@ -341,7 +344,7 @@ def start_team(rank: int, size: int, store: str, device: torch.device, method: M
     options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(store, size),
+        init_method=Path(store).resolve().as_uri(),
         rank=rank,
         world_size=size,
         **options,

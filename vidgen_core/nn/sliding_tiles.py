@@ -154,8 +154,8 @@ def _is_flex_right(pattern: SlidingTiles, grid: Grid, dense: Attend, q: Tensor, 
     key = (pattern, grid, q.device, q.dtype, q.shape[-1])
     if key not in _flex_verdicts:
         problem = compare(
-            lambda *given: flexed(pattern, grid, dense, *given, compiled_flex(), BLOCK),
-            lambda *given: gathered(pattern, grid, dense, *given, None),
+            lambda q, k, v: flexed(pattern, grid, dense, q, k, v, compiled_flex(), BLOCK),
+            lambda q, k, v: gathered(pattern, grid, dense, q, k, v, None),
             [x[:1, :1] for x in (q, k, v)],
             TOLERANCE[q.dtype],
         )
@@ -220,7 +220,7 @@ def tile_order(pattern: SlidingTiles, grid: Grid, num_text: int, device: torch.d
     all_places, all_real = torch.cat(places), torch.cat(is_real)
     back = torch.empty(num_video + num_text, dtype=torch.long)
     back[all_places[all_real]] = all_real.nonzero().flatten()
-    return TileOrder(*(tensor.to(device) for tensor in (all_places, all_real, back, torch.cat(tile_of))))
+    return TileOrder(all_places.to(device), all_real.to(device), back.to(device), torch.cat(tile_of).to(device))
 
 
 def _corners(pattern: SlidingTiles, grid: Grid) -> list[tuple[int, ...]]:
