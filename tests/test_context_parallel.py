@@ -225,9 +225,9 @@ def test_heads_decide_on_the_method() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
 def test_all_processes_end_together_however_one_ends(tmp_path: Path) -> None:
     """A process that crashes, raises, refuses, is asked to stop, does not listen, or is simply done."""
-    done = subprocess.run(
-        [sys.executable, work.__file__, "ends"], capture_output=True, text=True, timeout=500, check=True
-    )
+    command = [sys.executable, work.__file__, "ends"]
+    env = os.environ | {"TEAM_READY": str(tmp_path / "ready")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True, env=env)
     found = json.loads(done.stdout)
     said = dict(part.split("\n", 1) for part in done.stderr.split("-- ")[1:])
     for name in ("crash_beside_one_that_waits", "raise_beside_one_that_waits"):

@@ -483,6 +483,8 @@ class Dispatcher:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if q.is_meta or needs_gradients(q, k, v):  # without numbers there is nothing to choose by
             return plain(q, k, v, mask)
+        if mask is not None and mask.ndim < 4:
+            mask = mask[(None,) * (4 - mask.ndim)]
         groups = without_padding(mask)
         if groups is None:
             return self._dense(q, k, v, mask)

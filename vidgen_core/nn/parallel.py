@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,8 @@ from .sliding_tiles import Grid
 
 Method = Literal["auto", "ulysses", "ring"]
 METHODS: tuple[Method, ...] = get_args(Method)
+PATIENCE = timedelta(hours=1)
+"""how long a process waits for the others, which may be reading their weights; who watches them ends it earlier"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +350,7 @@ def start_team(rank: int, size: int, store: str, device: torch.device, method: M
         init_method=Path(store).resolve().as_uri(),
         rank=rank,
         world_size=size,
+        timeout=PATIENCE,
         **options,
     )
     return Team(rank, size, method)
