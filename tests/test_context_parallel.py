@@ -247,7 +247,7 @@ def test_all_processes_end_together_however_one_ends(tmp_path: Path) -> None:
 def test_a_stopped_render_of_two_goes_on_in_one(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     """Ctrl-C to all of them, as a terminal sends it; then the same command without help makes the same video."""
     words = ["generate", "a red star", "--model", str(tiny_bundle_dir), "--crf", "0", "--device", "cpu"]
-    words += ["--steps", "300", "--frames", "5"]
+    words += ["--steps", "150", "--frames", "5"]
     out, plain = tmp_path / "a.mp4", tmp_path / "b.mp4"
     terminal, end = os.openpty()  # the progress bar is drawn at every step
     process = subprocess.Popen(
@@ -257,7 +257,7 @@ def test_a_stopped_render_of_two_goes_on_in_one(tiny_bundle_dir: Path, tmp_path:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     os.close(end)
-    said = heard_until(terminal, rb"sampling: .*\] [1-9]\d*/300")
+    said = heard_until(terminal, rb"sampling: .*\] [1-9]\d*/150")
     members = children(process.pid)
     assert len(members) >= 2
     os.killpg(process.pid, signal.SIGINT)
