@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
+    from .nodes.attention import Attention
     from .nodes.bridges import FromConditioning
     from .nodes.compile import Compile
     from .nodes.embeddings import LoadEmbeddings, SaveEmbeddings
@@ -33,6 +34,7 @@ if __package__:
         "VidGenSaveVideo": SaveVideo,
         "VidGenLoadVideo": LoadVideo,
         "VidGenApplyLora": ApplyLora,
+        "VidGenAttention": Attention,
         "VidGenLoadImage": LoadImage,
         "VidGenFitImages": FitImages,
         "VidGenImageToVideo": ImageToVideo,
@@ -58,6 +60,7 @@ if __package__:
         "VidGenSaveVideo": "Save Video (VidGen)",
         "VidGenLoadVideo": "Load Video (VidGen)",
         "VidGenApplyLora": "Apply LoRA (VidGen)",
+        "VidGenAttention": "Attention (VidGen)",
         "VidGenLoadImage": "Load Image (VidGen)",
         "VidGenFitImages": "Fit Images (VidGen)",
         "VidGenImageToVideo": "Image to Video (VidGen)",

@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import Cancelled, FileError, MissingLibraryError, SettingsError, UserError
 from .stop import Stop
+from .team import Member, check_team, run_team
 
 if TYPE_CHECKING:
     from ..vidgen_core.types import VideoShape
@@ -30,15 +32,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     # Before anything else is imported: an interrupt in the middle of an import may be lost.
     listening = stop.listening() if argv[:1] in (["generate"], ["render"]) else contextlib.nullcontext()
-    try:
-        with listening:
-            if argv[:1] == ["train"]:  # it has a command line of its own
-                from ..training.cli import main as train
 
-                return train(argv[1:])
-            arguments = _parser().parse_args(argv, argparse.Namespace(stop=stop))
-            command: Callable[[argparse.Namespace], int] = arguments.command
-            return command(arguments)
+    def command() -> int:
+        with listening:
+            return _command(argv, stop)
+
+    return _in_words(command)
+
+
+def run_member(argv: Sequence[str], member: Member, stop: Stop) -> int:
+    """:func:`main` in one of several processes that render together."""
+    return _in_words(lambda: _command(argv, stop, member))
+
+
+def _command(argv: Sequence[str], stop: Stop, member: Member | None = None) -> int:
+    if argv[:1] == ["train"]:  # it has a command line of its own
+        from ..training.cli import main as train
+
+        return train(argv[1:])
+    arguments = _parser().parse_args(argv, argparse.Namespace(stop=stop, argv=argv, member=member))
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    return command(arguments)
+
+
+def _in_words(command: Callable[[], int]) -> int:
+    """The exit status of a command, which says what a user can do something about."""
+    try:
+        return command()
     except UserError as error:
         sys.stderr.write(f"vidgen: {error}\n")
         return EXIT_ERROR
@@ -117,6 +137,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--budget", metavar="SIZE", help="memory to stay under, such as 8GB; weights that do not fit are streamed"
     )
+    parser.add_argument(
+        "--attention", metavar="NAME", help="kernel of attention: sdpa, flash_attn_3, sageattn, ... (default auto)"
+    )
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
     parser.add_argument(
         "--decode",
@@ -175,6 +198,19 @@ def _add_serve(commands: Any) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add_device_and_models(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make one video on N GPUs (or N processes on the CPU); the result is the same",
+    )
+    parser.add_argument(
+        "--parallel-method",
+        default="auto",
+        choices=("auto", "ulysses", "ring"),
+        help="how the processes share attention: ulysses is faster, ring takes any number of heads (default auto)",
+    )
 
 
 def _add_device_and_models(parser: argparse.ArgumentParser) -> None:
@@ -211,9 +247,14 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
     from .executor import NodeError
     from .render import Stopped, render
 
+    prompt = prompt_of(arguments, NODE_CLASS_MAPPINGS)
+    size = arguments.context_parallel
+    if size != 1 and arguments.member is None:
+        check_team(size, arguments.device)
+        return run_team(partial(run_member, arguments.argv), size, arguments.parallel_method, arguments.stop)
     try:
         saved = render(
-            prompt_of(arguments, NODE_CLASS_MAPPINGS),
+            prompt,
             NODE_CLASS_MAPPINGS,
             output=arguments.output,
             stop=arguments.stop,
@@ -221,6 +262,7 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
             folders=model_folders(arguments.models),
             quiet=arguments.quiet,
             scratch=getattr(arguments, "scratch", None),
+            member=arguments.member,
         )
     except Stopped as stopped:
         advice = _going_on(stopped.kept) or "nothing was begun that could be kept"
@@ -297,6 +339,8 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
         _put_before(prompt, node_of(prompt, "VidGenSampler"), "VidGenCompile", "Compile", {"mode": "default"})
     if arguments.decode != "tiles":
         _decode_into_file(prompt, arguments.decode, arguments.decode_memory or 0.0)
+    if arguments.attention is not None:
+        _add_attention(prompt, node_of(prompt, "VidGenSampler"), classes["VidGenAttention"], arguments.attention)
     return prompt
 
 
@@ -334,6 +378,14 @@ def _decode_into_file(prompt: dict[str, Any], method: str, memory_gb: float) -> 
     del save["inputs"]["images"]
     save["inputs"] |= {"vae": decode["inputs"]["vae"], "latent": decode["inputs"]["latent"]}
     save["inputs"] |= {"method": method, "memory_gb": memory_gb}
+
+
+def _add_attention(prompt: dict[str, Any], sampler: str, node: Any, backend: str) -> None:
+    """A node before the sampler, with its own defaults besides the backend."""
+    from .executor import input_specs
+
+    defaults = {name: options["default"] for name, _, options, _ in input_specs(node) if "default" in options}
+    _put_before(prompt, sampler, "VidGenAttention", "Attention", {**defaults, "backend": backend})
 
 
 def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
@@ -429,6 +481,7 @@ def _preflight(arguments: argparse.Namespace, model: str) -> Plan:
     from ..vidgen_core.lora import check_strength
     from ..vidgen_core.media import check_writable
     from ..vidgen_core.model import check_lora, defaults_of
+    from ..vidgen_core.nn.backends import AttentionChoice
     from ..vidgen_core.types import VideoShape
 
     check_prompts(arguments.prompt)
@@ -453,6 +506,8 @@ def _preflight(arguments: argparse.Namespace, model: str) -> Plan:
         denoise=_denoise(arguments),
     ).resolved(defaults)
     settings.check(family.diffusion(network.config))
+    if arguments.attention is not None:
+        AttentionChoice(backend=arguments.attention).check()
     for text in arguments.lora:
         name, strength = parse_lora(text)
         check_strength(strength)

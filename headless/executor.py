@@ -390,6 +390,7 @@ def execute(
     cache: Cache | None = None,
     extra_pnginfo: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
+    up_to: Collection[str] = (),
 ) -> dict[str, Mapping[str, Any]]:
     """Run the output nodes of ``prompt`` and what they need.
 
@@ -397,6 +398,7 @@ def execute(
         outputs: that were checked already (see :func:`examine`); None checks the prompt and runs all of them.
         cache: of an earlier run; nodes whose inputs are the same do not run again. It then holds this run's results,
             also when the run fails. Without one, a result goes as soon as its last reader has run.
+        up_to: class names: run the nodes of these that the output nodes need, and nothing that comes after.
         extra_pnginfo: goes to nodes with a hidden EXTRA_PNGINFO, e.g. ``{"workflow": UI-format graph}``.
         on_event: told what runs; it may raise :class:`Cancelled` to stop between two nodes.
 
@@ -409,6 +411,8 @@ def execute(
         Cancelled: the user asked to stop.
     """
     outputs = check(prompt, classes) if outputs is None else outputs
+    if up_to:
+        outputs = [node_id for node_id in order(prompt, outputs) if prompt[node_id]["class_type"] in up_to]
     run = _Run(prompt, classes, extra_pnginfo or {}, on_event or (lambda event: None))
     if cache is not None:
         run.remember(cache, order(prompt, outputs))
@@ -416,7 +420,7 @@ def execute(
         run.count_readers(order(prompt, outputs))
     for output in outputs:
         run.reach(output)
-    return {output: run.shown[output] for output in outputs}
+    return {output: run.shown.get(output, {}) for output in outputs}
 
 
 class _Run:

@@ -17,8 +17,11 @@ from .executor import Event, NodeError, Prompt, as_link, check, check_shape, des
 from .graph import to_ui
 from .progress import ProgressBar
 from .stop import Stop
+from .team import Member
 from .ui import is_ui, to_prompt
 
+SAMPLERS = ("VidGenSampler",)
+"""nodes that all processes of a team run together"""
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 MEDIA = frozenset({".mp4", ".m4v", ".mov"})
 
@@ -224,6 +227,7 @@ def render(
     folders: Sequence[Path] = (),
     quiet: bool = False,
     scratch: Path | None = None,
+    member: Member | None = None,
 ) -> list[Path]:
     """Run ``prompt``; the videos it saved.
 
@@ -233,6 +237,7 @@ def render(
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
         scratch: where large temporary files lie; None is beside the output.
+        member: this process's place among those that render together. Only the first of them gets past the sampler.
 
     Raises:
         UserError, Cancelled, executor.NodeError.
@@ -240,8 +245,11 @@ def render(
     stop.check()
     from ..nodes import host as hosts
     from ..vidgen_core.media import check_writable
+    from ..vidgen_core.nn.parallel import in_team
 
-    host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event, scratch=scratch)
+    leads = member is None or member.rank == 0
+    run_on = check_device(device) if member is None else member.device(device)
+    host = hosts.LocalNodeHost(run_on=run_on, folders=folders, cancelled=stop.event, scratch=scratch)
     if output is None or output.is_dir():
         host.output_folder = output or host.output_folder
     else:
@@ -249,17 +257,20 @@ def render(
     # A changed command must not find the run of the one before.
     host.run_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:8]
     bar = ProgressBar(sys.stderr)
-    host.on_progress = None if quiet else bar
+    host.on_progress = bar if leads and not quiet else None
 
     def between_nodes(event: Event) -> None:
         if event.kind == "executing":
             stop.check()
 
+    joined = contextlib.nullcontext() if member is None else member.joined(str(run_on))
     try:
         with hosts.using(host):
             check(prompt, classes)  # before drawing it, which needs known nodes
             workflow = {"workflow": to_ui(prompt, classes)}
-            execute(prompt, classes, extra_pnginfo=workflow, on_event=between_nodes)
+            with joined as team, in_team(team):
+                up_to = () if leads else SAMPLERS
+                execute(prompt, classes, extra_pnginfo=workflow, on_event=between_nodes, up_to=up_to)
     except (Cancelled, KeyboardInterrupt) as stopped:
         raise Stopped(host.unfinished_runs()) from stopped
     except NodeError as error:
@@ -267,6 +278,6 @@ def render(
         raise
     finally:
         bar.close()
-    for path in host.unfinished_runs():
+    for path in host.unfinished_runs() if leads else ():
         path.unlink(missing_ok=True)
     return host.saved

@@ -47,12 +47,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "families": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families.*"},
     "families.*": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families"},
     "keyframes": BASE | {"codec"},
-    "model": BASE | MATHS | PARTS | {"families", "lora", "preview", "text"},
+    "model": BASE | MATHS | PARTS | {"families", "lora", "nn", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
     "generate": BASE
     | MATHS
     | PARTS
-    | {"bounded", "bundle", "families", "health", "keyframes", "model", "preview", "resume", "tiling"},
+    | {"bounded", "bundle", "families", "health", "keyframes", "model", "nn", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),
     "training": frozenset({"core"}),

@@ -57,6 +57,10 @@ WIDGETS_FOREVER = {
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
     "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
+    "VidGenAttention": [
+        *("backend", "pattern", "tile_frames", "tile_rows", "tile_columns"),
+        *("window_frames", "window_rows", "window_columns", "max_score_mb"),
+    ],
     "VidGenLoadImage": ["image"],
     "VidGenFitImages": ["width", "height", "fit"],
     "VidGenImageToVideo": [

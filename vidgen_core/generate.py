@@ -34,6 +34,7 @@ from .memory.host import Host, LocalHost, available_cores
 from .memory.oom import Measure, relieved
 from .memory.place import QuantisedLinear
 from .model import VideoModel, denoiser, denoiser_pair, join
+from .nn.parallel import current_team
 from .noise import NoiseStream
 from .preview import LatentRGB
 from .resume import RunFile
@@ -854,8 +855,12 @@ def _run_file(model: VideoModel, shape: Sequence[int], settings: Sampling, known
     values = {key: value for key, value in asdict(settings).items() if key not in outside}
     # None rather than no LoRAs at all: runs that were kept before there were LoRAs say nothing of them.
     loras = [use.identity for use in model.loras] or None
+    # As for LoRAs; another kernel is only another rounding, but tiles are another video.
+    tiles = None if model.attention is None or model.attention.tiles is None else asdict(model.attention.tiles)
     identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint, "LoRAs": loras}
-    return RunFile.at(Path(settings.resume_path), identity)
+    identity["sliding tiles"] = tiles
+    team = current_team()
+    return RunFile.at(Path(settings.resume_path), identity, writes=team is None or team.leads)
 
 
 def fingerprint(*conditionings: Conditioning | None) -> str:
@@ -887,7 +892,9 @@ def choose_threads(settings: Sampling, model: VideoModel, shape: Sequence[int]) 
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     small = (layer for layer in model.network.modules() if isinstance(layer, QuantisedLinear))
     parameters += sum(layer.in_features * layer.out_features for layer in small)
-    return 1 if 2 * parameters * tokens < SMALL_FLOPS else available_cores()
+    team = current_team()
+    cores = available_cores() if team is None else max(1, available_cores() // team.size)
+    return 1 if 2 * parameters * tokens < SMALL_FLOPS else cores
 
 
 @contextlib.contextmanager

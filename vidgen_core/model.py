@@ -22,6 +22,9 @@ from .memory.compiled import MODES, compiled, will_compile
 from .memory.host import available_memory, memory_in_use
 from .memory.oom import Measure, relieved
 from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
+from .nn.backends import AttentionChoice
+from .nn.joint_blocks import computing_attention
+from .nn.parallel import current_team, split_over
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
@@ -52,6 +55,8 @@ class VideoModel:
     """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
     compile_mode: str | None = None
     """how the blocks are compiled inside :meth:`patched`, a name of ``memory.compiled.MODES``; None: they are not"""
+    attention: AttentionChoice | None = None
+    """how attention is computed inside :meth:`patched`; None leaves it as it is outside"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -122,9 +127,23 @@ class VideoModel:
         """Whether the next step compiles, and so takes longer."""
         return self.compile_mode is not None and will_compile(self.network, self.family.blocks, self.compile_mode)
 
+    def with_attention(self, choice: AttentionChoice) -> VideoModel:
+        """This model with another way to compute attention, around the same network, which is left alone.
+
+        Raises:
+            MissingLibraryError, SettingsError: it cannot run here.
+        """
+        choice.check()
+        return replace(self, attention=choice)
+
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """The network with this model's LoRAs, its blocks compiled if they are to be; not to be nested."""
+        """The network with this model's LoRAs and attention, its blocks compiled if they are to be, split over the
+        current team; not to be nested.
+
+        Raises:
+            SettingsError: the network can be neither split nor looked at in tiles, and it should be.
+        """
         with contextlib.ExitStack() as stack:
             if self.loras:
                 before = self.network.config
@@ -133,6 +152,8 @@ class VideoModel:
                 stack.callback(setattr, self.network, "config", before)
             if self.compile_mode is not None:
                 stack.enter_context(compiled(self.network, self.family.blocks, mode=self.compile_mode))
+            stack.enter_context(split_over(self.network, current_team()))
+            stack.enter_context(computing_attention(self.network, self.attention))
             yield
 
     def _uses(self) -> tuple[LoraUse, ...]:

@@ -31,11 +31,12 @@ ENDING = ".unfinished"
 class RunFile:
     """One file per run: written when the run stops early, read when it starts again, removed when it is done."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, writes: bool = True) -> None:
         """
         Args:
             path: of the file; it need not exist.
             identity: everything the result depends on; JSON values.
+            writes: false for processes that help another one, which keeps the run for all of them.
 
         Raises:
             FileError: nothing could be written there. Better told before the work than after it.
@@ -44,6 +45,7 @@ class RunFile:
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
         self.is_asked_for = True
         """the user named this file; else a damaged one is no reason to stop"""
+        self._writes = writes
         self._last: SamplerState | None = None
         self._begun_at = self._saved_at = time.monotonic()
         if path.is_dir() or not path.parent.is_dir():
@@ -54,12 +56,12 @@ class RunFile:
             part.unlink(missing_ok=True)
 
     @classmethod
-    def at(cls, path: Path, identity: Mapping[str, Any]) -> RunFile:
+    def at(cls, path: Path, identity: Mapping[str, Any], *, writes: bool = True) -> RunFile:
         """In a file, or in a folder where the name is made of the identity: the same inputs find it again."""
         if not path.is_dir():
-            return cls(path, identity)
+            return cls(path, identity, writes=writes)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        run = cls(path / f"{digest}{ENDING}", identity)
+        run = cls(path / f"{digest}{ENDING}", identity, writes=writes)
         run.is_asked_for = False
         _forget_old(path, except_for=run.path)
         return run
@@ -116,7 +118,7 @@ class RunFile:
 
     def save(self) -> None:
         """Write the last state; a finished run too, as long as its result is in no file: decoding may be stopped."""
-        if self._last is None or self._last.step == 0 or self._last.x is None:
+        if self._last is None or self._last.step == 0 or self._last.x is None or not self._writes:
             return
         if not self.is_asked_for and time.monotonic() - self._begun_at < SAVE_EVERY_S:
             return  # it is as quickly made again
@@ -130,7 +132,8 @@ class RunFile:
 
     def remove(self) -> None:
         """The run is done."""
-        self.path.unlink(missing_ok=True)
+        if self._writes:
+            self.path.unlink(missing_ok=True)
 
 
 def forget_finished(folder: Path) -> None:

@@ -1,10 +1,23 @@
-"""Scaled dot-product attention, in one place: every network calls :func:`attention`."""
+"""Scaled dot-product attention, in one place: every network calls :func:`attention`.
+
+How it is computed is no argument of any network. A run says it from outside, with :func:`attending_with` and a
+function of the same four arguments: kernels (``backends``), a pattern (``sliding_tiles``), processes (``parallel``).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import zlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .backends import Attend, AttentionChoice, Dispatcher, needs_gradients, plain
+
+_DEFAULT = Dispatcher(AttentionChoice())
+_attend: ContextVar[Attend] = ContextVar("vidgen_attend", default=_DEFAULT)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -16,36 +29,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) ->
         v: (B, heads, S, d).
         mask: bool, broadcastable to (B, heads, L, S), true where a query may look. None lets every query see every
             key and keeps the fastest kernels available, so leave padding out instead of masking it where possible.
-            Every query must see at least one key.
+            Every query must see at least one key. One tensor for all layers is looked at once; do not write to it.
 
     Returns:
         (B, heads, L, d).
     """
-    if _is_short_cpu_training(q, k):
-        return _three_products(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if not torch.compiler.is_compiling():
+        return _attend.get()(q, k, v, mask)
+    if needs_gradients(q, k, v):
+        return plain(q, k, v, mask)
+    return _opaque(q, k, v, mask).transpose(1, 2)
 
 
-def _is_short_cpu_training(q: Tensor, k: Tensor) -> bool:
-    """Where the fused kernel's backward in bfloat16 is 3 to 4 times slower than plain matrix products."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and q.requires_grad
-        and k.shape[-2] <= 1024
-    )
+@contextlib.contextmanager
+def attending_with(attend: Attend) -> Iterator[None]:
+    """Let :func:`attention` in this block (and this thread) be computed by ``attend``."""
+    token = _attend.set(attend)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
 
 
-def _three_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention with its scores in memory; they are rounded to the dtype of ``q``."""
-    batch, heads, length, width = q.shape
-    q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
-    bias = q.new_zeros(1, 1, 1)
-    if mask is not None:
-        bias = q.new_zeros(()).masked_fill(~mask, float("-inf")).expand(batch, heads, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, length, width)
+def current() -> Attend:
+    """What :func:`attention` does now."""
+    return _attend.get()
+
+
+# A compiled network calls attention through one opaque operation. So the choice is looked up when it runs, not when it
+# was compiled: another choice needs no new graph, and libraries that a compiler cannot look into work as well.
+# The name of the module is part of its name: ComfyUI and an installed package may load this file side by side.
+@torch.library.custom_op(
+    f"vidgen::attention_{zlib.crc32(__name__.encode()):x}",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor",
+)
+def _opaque(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, heads, d): most kernels write in this order, and it must not depend on the kernel."""
+    return _attend.get()(q, k, v, mask).transpose(1, 2).contiguous()
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, length, heads, v.shape[-1])
 
 
 def trim_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

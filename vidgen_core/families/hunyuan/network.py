@@ -10,7 +10,7 @@ Shapes: B batch, L video tokens, M text tokens, D hidden size, F vectors per sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,14 @@ class _Context:
     """(B, 1, 1, L + M) bool, true for tokens that may be looked at"""
     num_video: int
     """L"""
+    grid: tuple[int, int, int]
+    """video tokens along (frames, rows, columns)"""
+
+    def of_part(self, take: Callable[[Tensor], Tensor]) -> _Context:
+        """For some of the video tokens: ``take`` (L, ...) -> (L', ...). The mask stays that of all tokens."""
+        video, text = self.rope.tensor_split([self.num_video])
+        part = take(video)
+        return replace(self, rope=torch.cat([part, text]), num_video=len(part))
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,14 +333,19 @@ class HunyuanVideoTransformer(nn.Module):
             ),
             mask=None if mask is None else F.pad(mask, (img.shape[1], 0), value=True)[:, None, None, :],
             num_video=img.shape[1],
+            grid=grid,
         )
+        out = self.final_layer(self.through_blocks(img, txt, block_context), vec)
+        return unpatchify(out, grid, self.config.patch).to(dtype)
+
+    def through_blocks(self, img: Tensor, txt: Tensor, context: _Context) -> Tensor:
+        """img (B, L, D), txt (B, M, D) -> img. What concerns the joint tokens stands around it: ``nn.joint_blocks``."""
         for block in self.double_blocks:
-            img, txt = block(img, txt, block_context)
+            img, txt = block(img, txt, context)
         joint = torch.cat([img, txt], dim=1)
         for block in self.single_blocks:
-            joint = block(joint, block_context)
-        out = self.final_layer(joint[:, : img.shape[1]], vec)
-        return unpatchify(out, grid, self.config.patch).to(dtype)
+            joint = block(joint, context)
+        return joint[:, : img.shape[1]]
 
     def _times(self, timestep: Tensor, num_frames: int) -> tuple[Tensor, Tensor | None]:
         """The time of each sample (B,), and of each frame of tokens (B, F) unless they all share the sample's."""
