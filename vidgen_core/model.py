@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import Stream, around_blocks, block_paths, forward_of
+from .caching import CacheRun, CurveRecorder
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError, SettingsError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
 from .memory.host import available_memory
+from .nn.rope import TimeStretch, intrinsic_component, stretched_time
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
+from .tricks import Tricks
 from .types import Conditioning, Defaults, Denoise, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
@@ -49,6 +53,8 @@ class VideoModel:
     """how to show unfinished latents, if the checkpoint says so"""
     loras: tuple[LoraUse, ...] = ()
     """that are on the network inside :meth:`patched` and nowhere else, so that models may share it"""
+    tricks: Tricks = Tricks()
+    """step cache, weak passes, windows, ...: likewise around the network inside :meth:`patched` only"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -104,19 +110,70 @@ class VideoModel:
             config = replace(config, in_channels=channels)
         return replace(self, config=config, loras=(*self.loras, use))
 
+    def with_tricks(self, tricks: Tricks) -> VideoModel:
+        """This model with these tricks in place of its own, around the same network.
+
+        Raises:
+            SettingsError: this network cannot do one of them.
+        """
+        tricks.check(self.family, self.config, self.network, self.diffusion, self.fingerprint)
+        return replace(self, tricks=tricks)
+
     @contextlib.contextmanager
-    def patched(self) -> Iterator[None]:
-        """The network with this model's LoRAs, for the time of the block; not to be nested."""
-        if not self.loras:
+    def patched(self, ts: Tensor | None = None, *, recorder: CurveRecorder | None = None) -> Iterator[None]:
+        """The network with this model's LoRAs and tricks, for the time of the block; not to be nested.
+
+        Args:
+            ts: the times of the run; without them no step cache acts.
+            recorder: measures how the blocks' residual changes; no step cache acts then either.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.loras:
+                stack.enter_context(apply_loras(self.network, self.loras))
+                stack.callback(setattr, self.network, "config", self.network.config)
+                self.network.config = self.config  # a LoRA may have enlarged the input
+            stack.enter_context(stretched_time(self._stretch()))
+            cache = None if recorder is not None else self._cache_run(ts)
+            rules, enhance = self.family.block_rules, self.tricks.enhance
+            if recorder is not None or self.tricks.around_blocks:
+                assert rules is not None, "checked when the tricks were put on"
+                around = around_blocks(
+                    self.network,
+                    self.block_paths,
+                    rules,
+                    cache=cache,
+                    recorder=recorder,
+                    enhance=0.0 if enhance is None else enhance.weight,
+                )
+                stack.enter_context(around)
             yield
-            return
-        before = self.network.config
-        with apply_loras(self.network, self.loras):
-            self.network.config = self.config  # a LoRA may have enlarged the input
-            try:
-                yield
-            finally:
-                self.network.config = before
+            if cache is not None:
+                log.info("the step cache skipped %d of %d forwards", cache.tally.skipped, cache.tally.forwards)
+
+    @property
+    def block_paths(self) -> list[str]:
+        """Of the blocks, in the order they run."""
+        return block_paths(self.network, self.family.blocks)
+
+    def _cache_run(self, ts: Tensor | None) -> CacheRun | None:
+        if self.tricks.cache is None or ts is None:
+            return None
+        assert self.family.block_rules is not None
+        polynomial = self.family.block_rules.polynomial(self.config)
+        return CacheRun(self.tricks.cache, ts, polynomial=polynomial)
+
+    def _stretch(self) -> TimeStretch | None:
+        riflex = self.tricks.riflex
+        if riflex is None:
+            return None
+        assert self.family.block_rules is not None
+        rope = self.family.block_rules.time_rope(self.config)
+        assert rope is not None
+        grid, patch = self.family.grid(self.family.parts["codec"].config()), self.family.patch(self.config)
+        trained = riflex.trained_length or grid.num_latent_frames(self.defaults.num_frames)
+        length = trained // patch[0]
+        component = intrinsic_component(*rope, length) if riflex.component is None else riflex.component
+        return TimeStretch(component=component, trained_length=length)
 
     def conditioning(self, features: Any, *, guidance: float | None = None) -> Conditioning:
         """What the network is told for these text features; ``guidance`` None takes the checkpoint's default."""
@@ -124,11 +181,19 @@ class VideoModel:
         return self.family.condition(self.config, features, guidance)
 
 
-def denoiser(model: VideoModel, cond: Conditioning) -> Denoise:
-    """``(x_t, t) -> x0`` of the network under one conditioning; a conditioning of batch 1 serves every sample."""
+def denoiser(model: VideoModel, cond: Conditioning, *, stream: Stream | None = None) -> Denoise:
+    """``(x_t, t) -> x0`` of the network under one conditioning; a conditioning of batch 1 serves every sample.
+
+    Args:
+        stream: what a step cache compares with, and what the network does without; None is a stream of its own.
+    """
+    own = Stream() if stream is None else stream
+    patch = model.family.patch(model.config)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        output = model.predict(x_t, t, cond.expand(x_t.shape[0]))
+        frames, rows, columns = (size // step for size, step in zip(x_t.shape[2:], patch, strict=True))
+        with forward_of(own, t, (frames, rows, columns)):
+            output = model.predict(x_t, t, cond.expand(x_t.shape[0]))
         return model.diffusion.to_x0(x_t, output, t)
 
     return denoise
@@ -150,7 +215,9 @@ def denoiser_pair(
     """
     joint: list[Conditioning] = []
     held: list[Tensor] = []  # x_t, t and the unconditional x0 of the last forward
-    first_alone, second_alone = denoiser(model, cond), denoiser(model, uncond)
+    first_alone = denoiser(model, cond)
+    second_alone = denoiser(model, uncond, stream=Stream(branches=("uncond",)))
+    both = Stream(branches=("cond", "uncond"))
 
     def conditional(x_t: Tensor, t: Tensor) -> Tensor:
         if not both_at(float(t.max())):
@@ -159,7 +226,7 @@ def denoiser_pair(
         if not joint:
             joint.append(join(cond.expand(batch), uncond.expand(batch)))
         twice = torch.cat([t, t]) if t.ndim and t.shape[0] == batch else t
-        first, second = denoiser(model, joint[0])(torch.cat([x_t, x_t]), twice).chunk(2)
+        first, second = denoiser(model, joint[0], stream=both)(torch.cat([x_t, x_t]), twice).chunk(2)
         held[:] = [x_t, t, second]
         return first
 

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_change import changeable
 
+
+@changeable
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Softmax attention with the usual 1/sqrt(d) scale.
 
