@@ -15,6 +15,16 @@ if __package__:
     from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler, Sigmas
     from .nodes.text import EncodePrompt
+    from .nodes.tricks import (
+        CalibrateCache,
+        CfgZeroStar,
+        ContextWindows,
+        EnhanceAVideo,
+        Riflex,
+        SkipLayerGuidance,
+        SpatioTemporalGuidance,
+        StepCache,
+    )
     from .nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
 
     NODE_CLASS_MAPPINGS = {
@@ -38,6 +48,14 @@ if __package__:
         "VidGenPadVideo": PadVideo,
         "VidGenSigmas": Sigmas,
         "VidGenFromConditioning": FromConditioning,
+        "VidGenStepCache": StepCache,
+        "VidGenCalibrateCache": CalibrateCache,
+        "VidGenSkipLayers": SkipLayerGuidance,
+        "VidGenSTG": SpatioTemporalGuidance,
+        "VidGenCfgZeroStar": CfgZeroStar,
+        "VidGenEnhanceAVideo": EnhanceAVideo,
+        "VidGenRIFLEx": Riflex,
+        "VidGenContextWindows": ContextWindows,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -61,6 +79,14 @@ if __package__:
         "VidGenPadVideo": "Pad Video (VidGen)",
         "VidGenSigmas": "Sigmas (VidGen)",
         "VidGenFromConditioning": "From Conditioning (VidGen)",
+        "VidGenStepCache": "Step Cache (VidGen)",
+        "VidGenCalibrateCache": "Calibrate Cache (VidGen)",
+        "VidGenSkipLayers": "Skip-Layer Guidance (VidGen)",
+        "VidGenSTG": "Spatio-Temporal Guidance (VidGen)",
+        "VidGenCfgZeroStar": "CFG-Zero* (VidGen)",
+        "VidGenEnhanceAVideo": "Enhance-A-Video (VidGen)",
+        "VidGenRIFLEx": "RIFLEx (VidGen)",
+        "VidGenContextWindows": "Context Windows (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

@@ -25,7 +25,7 @@ from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
 from .tricks import Tricks
-from .types import Conditioning, Defaults, Denoise, Held
+from .types import Conditioning, Defaults, Denoise, Grid, Held
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
@@ -66,6 +66,11 @@ class VideoModel:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @property
+    def grid(self) -> Grid:
+        """How pixels map to latents, by the family's published codec."""
+        return self.family.grid(self.family.parts["codec"].config())
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output for noisy latents, in the dtype of ``x_t``. Gradients flow.
@@ -169,9 +174,8 @@ class VideoModel:
         assert self.family.block_rules is not None
         rope = self.family.block_rules.time_rope(self.config)
         assert rope is not None
-        grid, patch = self.family.grid(self.family.parts["codec"].config()), self.family.patch(self.config)
-        trained = riflex.trained_length or grid.num_latent_frames(self.defaults.num_frames)
-        length = trained // patch[0]
+        trained = riflex.trained_length or self.grid.num_latent_frames(self.defaults.num_frames)
+        length = trained // self.family.patch(self.config)[0]
         component = intrinsic_component(*rope, length) if riflex.component is None else riflex.component
         return TimeStretch(component=component, trained_length=length)
 
