@@ -462,7 +462,8 @@ def _guided(
         weakened = denoiser(model, positive, stream=_weak_stream(model, weak))
         guided = away_from(guided, cond, weakened, weak.scale_at, rescale=weak.rescale)
     if tricks.cfg_zero is not None and tricks.cfg_zero.zero_steps and not settings.starts_within(ts):
-        guided = zero_init(guided, diffusion, float(ts[min(tricks.cfg_zero.zero_steps, len(ts) - 1)]))
+        last = min(tricks.cfg_zero.zero_steps, len(ts) - 1)
+        guided = zero_init(guided, diffusion, float(ts[last - 1 : last + 1].mean()))  # between two steps
     return guided
 
 
