@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..vidgen_core.errors import Cancelled, SettingsError, UserError
+from ..vidgen_core.errors import Cancelled, FileError, SettingsError, UserError
 from .stop import Stop
 
 EXIT_ERROR = 1
+CACHE_QUALITY = "careful"
+"""of --cache METHOD without one"""
 DENOISE = 0.6
 """how far --video is changed where --denoise does not say"""
 EXIT_STOPPED = 130  # as the shell says of a command that ctrl-C ended
@@ -98,6 +100,13 @@ def _add_generate(commands: Any) -> None:
         metavar="FILE[:STRENGTH]",
         help="a LoRA and how strongly it acts (default 1); may be given several times",
     )
+    parser.add_argument(
+        "--cache",
+        metavar="METHOD[:QUALITY]",
+        help="skip steps that would hardly change the video: first_block, teacache or magcache, careful (default) or "
+        "fast",
+    )
+    parser.add_argument("--curve", type=Path, metavar="FILE", help="what --cache magcache has measured of the model")
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
     _add_common(parser)
     parser.set_defaults(command=_generate)
@@ -234,27 +243,73 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
         if class_type == "VidGenEncodePrompt" and shape.num_frames == 1:
             node["inputs"]["template"] = "image"
     _add_loras(prompt, node_of(prompt, "VidGenSampler"), arguments.lora)
+    _add_cache(prompt, node_of(prompt, "VidGenSampler"), arguments)
     return prompt
 
 
 def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
     """A node for each LoRA between the loader and the sampler."""
-    inputs = prompt[sampler]["inputs"]
     for text in loras:
         name, strength = parse_lora(text)
-        node_id = str(max(int(key) for key in prompt) + 1)
-        prompt[node_id] = {
-            "class_type": "VidGenApplyLora",
-            "inputs": {
-                "model": inputs["model"],
-                "lora_name": name,
-                "strength": strength,
-                "mode": "auto",
-                "blocks": "",
-            },
-            "_meta": {"title": "Apply LoRA"},
-        }
-        inputs["model"] = [node_id, 0]
+        widgets = {"lora_name": name, "strength": strength, "mode": "auto", "blocks": ""}
+        _add_model_node(prompt, sampler, "VidGenApplyLora", "Apply LoRA", widgets)
+
+
+def _add_cache(prompt: dict[str, Any], sampler: str, arguments: argparse.Namespace) -> None:
+    """A step cache before the sampler, if one is wanted."""
+    if arguments.cache is None:
+        return
+    cache = parse_cache(arguments.cache, arguments.curve)
+    widgets = {
+        "method": cache.method,
+        "quality": arguments.cache.partition(":")[2] or CACHE_QUALITY,
+        "threshold": cache.threshold,
+        "max_skips": cache.max_skips,
+        "start": cache.start,
+        "end": cache.end,
+        "curve": "" if cache.curve is None else cache.curve.to_json(),
+    }
+    _add_model_node(prompt, sampler, "VidGenStepCache", "Step Cache", widgets)
+
+
+def _add_model_node(
+    prompt: dict[str, Any], sampler: str, class_type: str, title: str, widgets: Mapping[str, Any]
+) -> None:
+    """A node that takes a model and gives one, just before the sampler."""
+    inputs = prompt[sampler]["inputs"]
+    node_id = str(max(int(key) for key in prompt) + 1)
+    prompt[node_id] = {
+        "class_type": class_type,
+        "inputs": {"model": inputs["model"], **widgets},
+        "_meta": {"title": title},
+    }
+    inputs["model"] = [node_id, 0]
+
+
+def parse_cache(text: str, curve_file: Path | None) -> Any:
+    """``"first_block:fast"`` -> the step cache; without a quality it is careful.
+
+    Raises:
+        UserError: an unknown method or quality, "off", or a curve that is missing or cannot be read.
+    """
+    from ..vidgen_core.caching import QUALITIES, MagnitudeCurve, StepCache
+
+    method, _, quality = text.partition(":")
+    curve = None
+    if curve_file is not None:
+        try:
+            curve = MagnitudeCurve.from_json(curve_file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError("The curve cannot be read", given=curve_file, do=f"check the file ({error})") from error
+    cache = StepCache.preset(method, quality or CACHE_QUALITY, curve=curve if method == "magcache" else None)
+    if cache is None:
+        raise SettingsError(
+            "A step cache that is off is none",
+            given=f"--cache {text}",
+            expected=f"{method}:" + " or ".join(QUALITIES[1:]),
+            do="leave --cache out",
+        )
+    return cache
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -327,6 +382,8 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float | 
         denoise=_denoise(arguments),
     ).resolved(defaults)
     settings.check(family.diffusion(network.config))
+    if arguments.cache is not None:
+        parse_cache(arguments.cache, arguments.curve)
     for text in arguments.lora:
         name, strength = parse_lora(text)
         check_strength(strength)
