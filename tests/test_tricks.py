@@ -546,6 +546,8 @@ def test_a_loop_with_a_given_picture_is_refused_before_any_step(model: VideoMode
     held = Held(latents=torch.zeros(LATENTS), mask=mask)
     with pytest.raises(SettingsError, match="loop"):
         sampled(looped, prompt(held=held))
+    short = model.with_tricks(Tricks(windows=Windows(size=5, schedule="looped")))
+    assert torch.equal(sampled(short, prompt(held=held)), sampled(model, prompt(held=held)))  # it does not act
 
 
 def test_what_a_run_depends_on_names_every_trick() -> None:

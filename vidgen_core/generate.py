@@ -395,7 +395,7 @@ def _denoise(
     groups = [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
     positive = positive.expand(batch)
     held = positive.held
-    share_first = _shares_first(model, positive)
+    share_first = _shares_first(model, positive, shape[2])
     positive = replace(positive, held=None)
     if negative is not None:
         negative = replace(negative.expand(batch), held=None, concat=positive.concat)
@@ -417,10 +417,12 @@ def _denoise(
     return whole if held is None else hold(whole, held)
 
 
-def _shares_first(model: VideoModel, cond: Conditioning) -> bool:
+def _shares_first(model: VideoModel, cond: Conditioning, num_frames: int) -> bool:
     """Whether every context window sees the first latent frame, as one that was given must be seen."""
     windows = model.tricks.windows
-    return windows is not None and windows.shares_first(cond.held is not None or cond.concat is not None)
+    if windows is None or num_frames <= windows.size:
+        return False
+    return windows.shares_first(cond.held is not None or cond.concat is not None)
 
 
 def _in_windows(
@@ -508,16 +510,11 @@ def measure_curve(
     """
     if model.family.block_rules is None:
         raise SettingsError(f"{model.family.title} has no blocks that a step cache can skip")
-    recorder, settings = CurveRecorder(), settings.resolved(model.defaults)
-    given = _Given()
+    recorder, settings, host = CurveRecorder(), settings.resolved(model.defaults), host or LocalHost()
     _sample(
-        model,
-        positive,
-        negative,
-        shape,
-        settings,
-        host=host or LocalHost(),
-        given=given,
+        *(model, positive, negative, shape, settings),
+        host=host,
+        given=_Given(),
         preview=None,
         run=None,
         recorder=recorder,

@@ -152,9 +152,10 @@ class Tricks:
     def check(self, family: Family, config: Config, network: nn.Module, diffusion: Diffusion, checkpoint: str) -> None:
         """Raise SettingsError for what this network cannot do."""
         if (self.around_blocks or self.riflex) and family.block_rules is None:
+            named = ("skip_layers", "stg", "riflex", "cache", "enhance")
             raise SettingsError(
                 f"{family.title} has no blocks that something can be done around",
-                given=", ".join(name for name in ("cache", "skip_layers", "stg", "enhance") if getattr(self, name)),
+                given=", ".join(name for name in named if getattr(self, name)),
                 do="leave these nodes out",
             )
         if self.weak_passes:
