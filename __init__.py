@@ -17,6 +17,16 @@ if __package__:
     from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler, Sigmas
     from .nodes.text import EncodePrompt
+    from .nodes.tricks import (
+        CalibrateCache,
+        CfgZeroStar,
+        ContextWindows,
+        EnhanceAVideo,
+        Riflex,
+        SkipLayerGuidance,
+        SpatioTemporalGuidance,
+        StepCache,
+    )
     from .nodes.video import Decode, DecodeSave, EncodeVideo, LoadVideo, SaveVideo
 
     NODE_CLASS_MAPPINGS = {
@@ -43,6 +53,14 @@ if __package__:
         "VidGenFromConditioning": FromConditioning,
         "VidGenCompile": Compile,
         "VidGenDecodeSave": DecodeSave,
+        "VidGenStepCache": StepCache,
+        "VidGenCalibrateCache": CalibrateCache,
+        "VidGenSkipLayers": SkipLayerGuidance,
+        "VidGenSTG": SpatioTemporalGuidance,
+        "VidGenCfgZeroStar": CfgZeroStar,
+        "VidGenEnhanceAVideo": EnhanceAVideo,
+        "VidGenRIFLEx": Riflex,
+        "VidGenContextWindows": ContextWindows,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -69,6 +87,14 @@ if __package__:
         "VidGenFromConditioning": "From Conditioning (VidGen)",
         "VidGenCompile": "Compile (VidGen)",
         "VidGenDecodeSave": "Decode and Save Video (VidGen)",
+        "VidGenStepCache": "Step Cache (VidGen)",
+        "VidGenCalibrateCache": "Calibrate Cache (VidGen)",
+        "VidGenSkipLayers": "Skip-Layer Guidance (VidGen)",
+        "VidGenSTG": "Spatio-Temporal Guidance (VidGen)",
+        "VidGenCfgZeroStar": "CFG-Zero* (VidGen)",
+        "VidGenEnhanceAVideo": "Enhance-A-Video (VidGen)",
+        "VidGenRIFLEx": "RIFLEx (VidGen)",
+        "VidGenContextWindows": "Context Windows (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

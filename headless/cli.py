@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..vidgen_core.types import VideoShape
 
 EXIT_ERROR = 1
+CACHE_QUALITY = "careful"
+"""of --cache METHOD without one"""
 DENOISE = 0.6
 """how far --video is changed where --denoise does not say"""
 EXIT_STOPPED = 130  # as the shell says of a command that ctrl-C ended
@@ -140,6 +142,13 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--attention", metavar="NAME", help="kernel of attention: sdpa, flash_attn_3, sageattn, ... (default auto)"
     )
+    parser.add_argument(
+        "--cache",
+        metavar="METHOD[:QUALITY]",
+        help="skip steps that would hardly change the video: first_block, teacache or magcache, careful (default) or "
+        "fast",
+    )
+    parser.add_argument("--curve", type=Path, metavar="FILE", help="what --cache magcache has measured of the model")
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
     parser.add_argument(
         "--decode",
@@ -341,6 +350,7 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
         _decode_into_file(prompt, arguments.decode, arguments.decode_memory or 0.0)
     if arguments.attention is not None:
         _add_attention(prompt, node_of(prompt, "VidGenSampler"), classes["VidGenAttention"], arguments.attention)
+    _add_cache(prompt, node_of(prompt, "VidGenSampler"), arguments)
     return prompt
 
 
@@ -396,6 +406,23 @@ def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> No
         _put_before(prompt, sampler, "VidGenApplyLora", "Apply LoRA", widgets)
 
 
+def _add_cache(prompt: dict[str, Any], sampler: str, arguments: argparse.Namespace) -> None:
+    """A step cache before the sampler, if one is wanted."""
+    if arguments.cache is None:
+        return
+    cache = parse_cache(arguments.cache, arguments.curve)
+    widgets = {
+        "method": cache.method,
+        "quality": arguments.cache.partition(":")[2] or CACHE_QUALITY,
+        "threshold": cache.threshold,
+        "max_skips": cache.max_skips,
+        "start": cache.start,
+        "end": cache.end,
+        "curve": "" if cache.curve is None else cache.curve.to_json(),
+    }
+    _put_before(prompt, sampler, "VidGenStepCache", "Step Cache", widgets)
+
+
 def _put_before(
     prompt: dict[str, Any], sampler: str, class_type: str, title: str, widgets: Mapping[str, object]
 ) -> None:
@@ -408,6 +435,32 @@ def _put_before(
         "_meta": {"title": title},
     }
     inputs["model"] = [node_id, 0]
+
+
+def parse_cache(text: str, curve_file: Path | None) -> Any:
+    """``"first_block:fast"`` -> the step cache; without a quality it is careful.
+
+    Raises:
+        UserError: an unknown method or quality, "off", or a curve that is missing or cannot be read.
+    """
+    from ..vidgen_core.caching import QUALITIES, MagnitudeCurve, StepCache
+
+    method, _, quality = text.partition(":")
+    curve = None
+    if curve_file is not None:
+        try:
+            curve = MagnitudeCurve.from_json(curve_file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError("The curve cannot be read", given=curve_file, do=f"check the file ({error})") from error
+    cache = StepCache.preset(method, quality or CACHE_QUALITY, curve=curve if method == "magcache" else None)
+    if cache is None:
+        raise SettingsError(
+            "A step cache that is off is none",
+            given=f"--cache {text}",
+            expected=f"{method}:" + " or ".join(QUALITIES[1:]),
+            do="leave --cache out",
+        )
+    return cache
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -508,6 +561,8 @@ def _preflight(arguments: argparse.Namespace, model: str) -> Plan:
     settings.check(family.diffusion(network.config))
     if arguments.attention is not None:
         AttentionChoice(backend=arguments.attention).check()
+    if arguments.cache is not None:
+        parse_cache(arguments.cache, arguments.curve)
     for text in arguments.lora:
         name, strength = parse_lora(text)
         check_strength(strength)

@@ -68,7 +68,8 @@ class EmptyLatent:
         return (codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid))),)
 
 
-def _choices(which: str) -> list[str]:
+def choices(which: str) -> list[str]:
+    """The names that a widget offers."""
     from ..vidgen_core.guidance import CFG_SCHEDULES
     from ..vidgen_core.sampling import SAMPLERS
     from ..vidgen_core.timesteps import SCHEDULES
@@ -78,7 +79,8 @@ def _choices(which: str) -> list[str]:
     return [AUTO, *(SAMPLERS if which == "sampler" else SCHEDULES)]
 
 
-def _number(default: float, tooltip: str, *, high: float, step: float = 0.1) -> tuple[str, dict[str, Any]]:
+def number(default: float, tooltip: str, *, high: float, step: float = 0.1) -> tuple[str, dict[str, Any]]:
+    """A widget for a number from 0."""
     options = {"default": default, "min": 0.0, "max": high, "step": step, "round": 0.001, "tooltip": tooltip}
     return "FLOAT", options
 
@@ -111,25 +113,25 @@ class Sampler:
                 "latent": ("LATENT", {"tooltip": "Size and length; read as a start where denoise is below 1."}),
                 "seed": ("INT", seed),
                 "steps": ("INT", steps),
-                "cfg": _number(
+                "cfg": number(
                     0.0,
                     "How strongly to follow the prompt against the negative one: 1 is off and twice as fast; "
                     "0: the checkpoint's.",
                     high=100.0,
                 ),
-                "guidance": _number(
+                "guidance": number(
                     0.0,
                     "The scale that guidance-distilled networks are told; others ignore it. 0: the checkpoint's.",
                     high=100.0,
                 ),
-                "shift": _number(
+                "shift": number(
                     0.0,
                     "Above 1: more of the steps at high noise, where motion is decided. 0: the checkpoint's.",
                     high=100.0,
                 ),
-                "sampler": (_choices("sampler"), {"default": AUTO, "tooltip": "The method of stepping."}),
-                "schedule": (_choices("schedule"), {"default": AUTO, "tooltip": "How the steps are spread."}),
-                "denoise": _number(
+                "sampler": (choices("sampler"), {"default": AUTO, "tooltip": "The method of stepping."}),
+                "schedule": (choices("schedule"), {"default": AUTO, "tooltip": "How the steps are spread."}),
+                "denoise": number(
                     1.0,
                     "1 starts from noise alone; below 1 the given latents are changed only this far.",
                     high=1.0,
@@ -139,12 +141,12 @@ class Sampler:
             "optional": {
                 "negative": (COND, {"tooltip": "What the video should not show; needed where cfg is not 1."}),
                 "cfg_schedule": (
-                    _choices("cfg_schedule"),
+                    choices("cfg_schedule"),
                     {"default": "constant", "tooltip": "How cfg changes along the run; interval is off outside of it."},
                 ),
-                "cfg_start": _number(1.0, "The time at which cfg sets in: 1 is noise.", high=1.0, step=0.01),
-                "cfg_end": _number(0.0, "The time at which cfg ends: 0 is the finished video.", high=1.0, step=0.01),
-                "cfg_rescale": _number(
+                "cfg_start": number(1.0, "The time at which cfg sets in: 1 is noise.", high=1.0, step=0.01),
+                "cfg_end": number(0.0, "The time at which cfg ends: 0 is the finished video.", high=1.0, step=0.01),
+                "cfg_rescale": number(
                     0.0, "Above 0: against the burnt colours of a high cfg; 0.7 is usual.", high=1.0, step=0.05
                 ),
                 "cfg_batched": (
@@ -267,10 +269,10 @@ class Sigmas:
         return {
             "required": {
                 "model": (MODEL, {"tooltip": "The diffusion network, for its noise and its defaults."}),
-                "schedule": (_choices("schedule"), {"default": AUTO, "tooltip": "How the steps are spread."}),
+                "schedule": (choices("schedule"), {"default": AUTO, "tooltip": "How the steps are spread."}),
                 "steps": ("INT", steps),
-                "shift": _number(0.0, "Above 1: more of the steps at high noise. 0: the checkpoint's.", high=100.0),
-                "denoise": _number(
+                "shift": number(0.0, "Above 1: more of the steps at high noise. 0: the checkpoint's.", high=100.0),
+                "denoise": number(
                     1.0, "Below 1: only the last part of a longer run, to change a video.", high=1.0, step=0.01
                 ),
             }

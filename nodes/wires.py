@@ -88,8 +88,7 @@ def latent_mask(latent: Latent, model: VideoModel) -> Tensor | None:
     from ..vidgen_core.keyframes import mask_to_latents
 
     mask = latent.get("noise_mask")
-    grid = model.family.grid(model.family.parts["codec"].config())
-    return None if mask is None else mask_to_latents(mask, grid, latent["samples"].shape)
+    return None if mask is None else mask_to_latents(mask, model.grid, latent["samples"].shape)
 
 
 def codec_scale(codec: Codec) -> float:

@@ -19,6 +19,7 @@ PACKAGES = ("benchmarks", "headless", "nodes", "training", "vidgen_core")
 BASE = frozenset({"types", "errors"})
 MATHS = frozenset({"diffusion", "timesteps", "noise", "guidance", "finite", "sampling"})
 PARTS = frozenset({"codec", "weights", "memory"})
+TRICKS = frozenset({"blocks", "caching", "tricks", "windows"})
 FAMILIES = frozenset({"hunyuan", "cogvideox", "svd", "pixeldance", "snapvideo"})
 
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -43,15 +44,21 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "embeddings": BASE | PARTS | {"families", "text"},
     "health": BASE | {"codec", "memory", "finite"},
     "resume": BASE | {"finite", "sampling"},
-    "lora": BASE | {"weights"},
+    "block_names": BASE,
+    "caching": BASE,
+    "windows": BASE,
+    "blocks": BASE | {"block_names", "caching", "families", "nn"},
+    "tricks": BASE | {"blocks", "caching", "diffusion", "families", "windows"},
+    "lora": BASE | {"block_names", "weights"},
     "families": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families.*"},
     "families.*": BASE | MATHS | PARTS | {"nn", "text", "keyframes", "families"},
     "keyframes": BASE | {"codec"},
-    "model": BASE | MATHS | PARTS | {"families", "lora", "nn", "preview", "text"},
+    "model": BASE | MATHS | PARTS | TRICKS | {"families", "lora", "nn", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
     "generate": BASE
     | MATHS
     | PARTS
+    | TRICKS
     | {"bounded", "bundle", "families", "health", "keyframes", "model", "nn", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),

@@ -71,6 +71,16 @@ WIDGETS_FOREVER = {
     "VidGenFromConditioning": [],
     "VidGenCompile": ["mode"],
     "VidGenDecodeSave": ["fps", "filename_prefix", "format", "crf", "method", "memory_gb"],
+    "VidGenStepCache": ["method", "quality", "threshold", "max_skips", "start", "end", "curve"],
+    "VidGenCalibrateCache": ["seed", "control_after_generate", "steps", "cfg", "shift", "schedule"],
+    "VidGenSkipLayers": ["blocks", "scale", "start", "end"],
+    "VidGenSTG": ["mode", "blocks", "scale", "rescale", "start", "end"],
+    "VidGenCfgZeroStar": ["zero_steps", "optimised_scale"],
+    "VidGenEnhanceAVideo": ["weight"],
+    "VidGenRIFLEx": ["frequency", "trained_frames"],
+    "VidGenContextWindows": [
+        *("window_frames", "overlap_frames", "schedule", "blend", "free_noise", "first_frame"),
+    ],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 

@@ -66,6 +66,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "VidGenLoadVideo": {"max_frames": 5},
     "VidGenFitImages": {"width": 32, "height": 32},
     "VidGenPadVideo": {"overlap": 0},
+    "VidGenCalibrateCache": {"steps": 2},
 }
 """What makes a shipped workflow run on the random model in a blink, by node; a text of :data:`FILES` is a stand-in."""
 FILES = ("model_folder", "model_name", "vae_name", "text_name", "lora_name", "embeddings_name")
@@ -118,8 +119,12 @@ SIZES = {"hunyuan_inpaint": (64, 64), "hunyuan_outpaint": (32, 48)}
 """(height, width) that a workflow then has, where it is not (32, 32)"""
 
 
+LENGTHS = {"hunyuan_riflex": 33, "hunyuan_windows": 49}
+"""frames that a workflow makes as it is shipped, where it is not the 17 that the network has learned"""
+
+
 def test_there_are_workflows() -> None:
-    tasks = (
+    tasks = [
         "t2v",
         "i2v",
         "i2v_v1",
@@ -130,8 +135,9 @@ def test_there_are_workflows() -> None:
         "lora_stack",
         "compile",
         "exact_decode",
-    )
-    tasks += ("save_embeddings", "load_embeddings")
+    ]
+    tasks += ["save_embeddings", "load_embeddings"]
+    tasks += ["step_cache", "magcache", "skip_layers", "stg", "cfg_zero_star", "enhance_a_video", "riflex", "windows"]
     assert {f"hunyuan_{task}" for task in tasks} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
 
@@ -227,9 +233,10 @@ def test_a_workflow_runs_as_it_is_shipped(name: str, tmp_path: Path) -> None:
     needs_the_bundled_model()
     out = tmp_path / "a.mp4"
     few = [] if name == "hunyuan_t2v" else ["--set", "VidGenSampler.steps=4"]
+    few += ["--set", "VidGenCalibrateCache.steps=4"] if name == "hunyuan_magcache" else []
     assert main(["render", str(WORKFLOWS / "api" / f"{name}.json"), "-o", str(out), "-q", *few]) == 0
     frames, fps = read_video(out)
-    assert len(frames) == 17
+    assert len(frames) == LENGTHS.get(name, 17)
     assert fps == 8
     assert float(frames.std()) > 4, "the frames are blank"
 

@@ -18,14 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .blocks import Stream, Weakening, block_numbers
 from .bounded import Bound
 from .bundle import Bundle
 from .bundle import load_bundle as load_bundle  # the way in, offered here with the rest of the path
+from .caching import CurveRecorder, MagnitudeCurve, StepFinder
 from .codec import Codec
 from .diffusion import Diffusion
 from .errors import NumericsError, SettingsError
 from .families import ImageMode, KeyframeRules, TextEncoder
-from .guidance import cfg, cfg_schedule, hold, keep
+from .guidance import ScaleAt, away_from, cfg, cfg_schedule, cfg_zero_star, hold, keep, once, zero_init
 from .health import CheckedCodec, Suspect, find_suspect, remedy_for
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
 from .memory.attention_chunks import chunked_attention
@@ -41,7 +43,9 @@ from .resume import RunFile
 from .sampling import SAMPLERS, SamplerState, StepInfo, sample
 from .tiling import OnTile, Tiling, tiled
 from .timesteps import SCHEDULES, from_sigmas, schedule, unknown_name
+from .tricks import WeakPass
 from .types import Conditioning, Defaults, Denoise, Grid, VideoShape
+from .windows import Frames, shuffled_noise, windowed
 
 log = logging.getLogger("vidgen")
 
@@ -372,6 +376,7 @@ def _sample(
     given: _Given,
     preview: LatentRGB | None,
     run: RunFile | None,
+    recorder: CurveRecorder | None = None,
 ) -> Tensor:
     ts = settings.check(model.diffusion)
     given.check(shape, ts, settings)
@@ -396,9 +401,12 @@ def _sample(
         with contextlib.ExitStack() as stack:
             if plan.chunked:
                 stack.enter_context(chunked_attention())
-            denoise = _denoise(model, positive, negative, plan.settings, shape[0], given)
+            denoise = _denoise(model, positive, negative, plan.settings, shape, given, ts)
             noise = NoiseStream.of_batch(settings.seed, shape[0])
-            x = _start(model.diffusion, noise.draw(shape[1:], device=model.device), ts, given, settings)
+            drawn, windows = noise.draw(shape[1:], device=model.device), model.tricks.windows
+            if windows is not None and windows.shuffle_noise:
+                drawn = shuffled_noise(drawn, windows, noise.seeds)
+            x = _start(model.diffusion, drawn, ts, given, settings)
             try:
                 return sample(
                     settings.sampler, denoise, model.diffusion, x, ts, noise=noise, state=state, on_step=on_step
@@ -427,7 +435,8 @@ def _sample(
     threads = using_threads(choose_threads(settings, model, shape))
     if model.will_compile:
         host.progress("compile", 0, 1)
-    with torch.inference_mode(), threads, model.patched(), watched(host, model.network), saving:
+    patched = model.patched(ts, recorder=recorder)
+    with torch.inference_mode(), threads, patched, watched(host, model.network), saving:
         host.check_cancelled()
         host.progress("sample", state.step, len(ts) - 1)
         return relieved(
@@ -569,8 +578,9 @@ def _denoise(
     positive: Conditioning,
     negative: Conditioning | None,
     settings: Sampling,
-    batch: int,
+    shape: Sequence[int],
     given: _Given,
+    ts: Tensor,
 ) -> Denoise:
     """The guided denoiser for the whole batch, run for some samples at a time; what is given stays as it is."""
     if settings.cfg != 1.0 and negative is None:
@@ -579,17 +589,21 @@ def _denoise(
             given=f"cfg {settings.cfg}",
             do="give a negative prompt (an empty one is fine), or set cfg to 1",
         )
+    batch = shape[0]
     size = settings.samples_at_once or (1 if model.device.type == "cpu" else batch)
     groups = [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
     positive = positive.expand(batch)
     held = positive.held
+    share_first = _shares_first(model, positive, shape[2])
     positive = replace(positive, held=None)
     if negative is not None:
         negative = replace(negative.expand(batch), held=None, concat=positive.concat)
-    parts = [
-        _guided(model, positive.take(group), None if negative is None else negative.take(group), settings)
-        for group in groups
-    ]
+
+    def part_of(group: slice) -> Denoise:
+        pair = positive.take(group), None if negative is None else negative.take(group)
+        return _in_windows(model, *pair, settings, shape[2], ts, share_first=share_first)
+
+    parts = [part_of(group) for group in groups]
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         times = [t[group] if t.ndim and t.shape[0] == batch else t for group in groups]
@@ -602,16 +616,109 @@ def _denoise(
     return whole if held is None else hold(whole, held)
 
 
-def _guided(model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling) -> Denoise:
+def _shares_first(model: VideoModel, cond: Conditioning, num_frames: int) -> bool:
+    """Whether every context window sees the first latent frame, as one that was given must be seen."""
+    windows = model.tricks.windows
+    if windows is None or num_frames <= windows.size:
+        return False
+    return windows.shares_first(cond.held is not None or cond.concat is not None)
+
+
+def _in_windows(
+    model: VideoModel,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    settings: Sampling,
+    num_frames: int,
+    ts: Tensor,
+    *,
+    share_first: bool,
+) -> Denoise:
+    """The guided denoiser of a video of ``num_frames`` latent frames, in context windows where it is too long."""
+    windows = model.tricks.windows
+    if windows is None or num_frames <= windows.size:
+        return _guided(model, positive, negative, settings, ts)
+
+    def of(frames: Frames) -> Denoise:
+        pair = positive.at_frames(frames), None if negative is None else negative.at_frames(frames)
+        return _guided(model, *pair, settings, ts)
+
+    return windowed(of, windows, num_frames, step_of=StepFinder(ts).at, share_first=share_first)
+
+
+def _guided(
+    model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling, ts: Tensor
+) -> Denoise:
+    """The network's answers put together, in the order that :mod:`.tricks` lays down."""
+    tricks, diffusion = model.tricks, model.diffusion
+    cond, uncond = _denoisers(model, positive, negative, settings)
+    guided = cond = once(cond) if tricks.weak_passes else cond
+    if uncond is not None:
+        scale, rescale = _cfg_scale(settings), settings.cfg_rescale
+        if tricks.cfg_zero is not None and tricks.cfg_zero.projected:
+            guided = cfg_zero_star(cond, uncond, scale, diffusion, rescale=rescale)
+        else:
+            guided = cfg(cond, uncond, scale, rescale=rescale, diffusion=diffusion)
+    for weak in tricks.weak_passes:
+        weakened = denoiser(model, positive, stream=_weak_stream(model, weak))
+        guided = away_from(guided, cond, weakened, weak.scale_at, rescale=weak.rescale)
+    if tricks.cfg_zero is not None and tricks.cfg_zero.zero_steps and not settings.starts_within(ts):
+        last = min(tricks.cfg_zero.zero_steps, len(ts) - 1)
+        guided = zero_init(guided, diffusion, float(ts[last - 1 : last + 1].mean()))  # between two steps
+    return guided
+
+
+def _denoisers(
+    model: VideoModel, positive: Conditioning, negative: Conditioning | None, settings: Sampling
+) -> tuple[Denoise, Denoise | None]:
+    """The network with the prompt, and without it where there is guidance."""
     if negative is None or settings.cfg == 1.0:
-        return denoiser(model, positive)
-    assert settings.cfg is not None
-    scale = cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
+        return denoiser(model, positive), None
     if settings.cfg_batched:
-        cond, uncond = denoiser_pair(model, positive, negative, both_at=lambda t: bool(scale(t) != 1.0))
-    else:
-        cond, uncond = denoiser(model, positive), denoiser(model, negative)
-    return cfg(cond, uncond, scale, rescale=settings.cfg_rescale, diffusion=model.diffusion)
+        scale = _cfg_scale(settings)
+        return denoiser_pair(model, positive, negative, both_at=lambda t: bool(scale(t) != 1.0))
+    return denoiser(model, positive), denoiser(model, negative, stream=Stream(branches=("uncond",)))
+
+
+def _cfg_scale(settings: Sampling) -> ScaleAt:
+    assert settings.cfg is not None
+    return cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
+
+
+def _weak_stream(model: VideoModel, weak: WeakPass) -> Stream:
+    numbers = block_numbers(weak.blocks, model.block_paths)
+    weakening = Weakening(unattending=numbers) if weak.attention_only else Weakening(skipped=numbers)
+    return Stream(weakening=weakening)
+
+
+def measure_curve(
+    model: VideoModel,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    shape: Sequence[int],
+    settings: Sampling,
+    *,
+    host: Host | None = None,
+) -> MagnitudeCurve:
+    """Sample once, computing every step, and measure how the blocks' residual changes: MagCache's curve.
+
+    Args as :func:`sample_latents`; ``settings.resume_path`` is not read.
+
+    Raises:
+        SettingsError: before anything is computed, or a run of fewer than two steps.
+    """
+    if model.family.block_rules is None:
+        raise SettingsError(f"{model.family.title} has no blocks that a step cache can skip")
+    recorder, settings, host = CurveRecorder(), settings.resolved(model.defaults), host or LocalHost()
+    _sample(
+        *(model, positive, negative, shape, settings),
+        host=host,
+        given=_Given(),
+        preview=None,
+        run=None,
+        recorder=recorder,
+    )
+    return recorder.curve(model.fingerprint)
 
 
 def decode_latents(
@@ -859,6 +966,8 @@ def _run_file(model: VideoModel, shape: Sequence[int], settings: Sampling, known
     tiles = None if model.attention is None or model.attention.tiles is None else asdict(model.attention.tiles)
     identity = {**values, **known, "shape": list(shape), "checkpoint": model.fingerprint, "LoRAs": loras}
     identity["sliding tiles"] = tiles
+    if model.tricks.identity is not None:
+        identity["tricks"] = model.tricks.identity
     team = current_team()
     return RunFile.at(Path(settings.resume_path), identity, writes=team is None or team.leads)
 

@@ -71,6 +71,79 @@ def rescale_guidance(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
     return guided * (amount * ratio + (1 - amount))
 
 
+def cfg_zero_star(
+    cond: Denoise, uncond: Denoise, scale: Scale | ScaleAt, diffusion: Diffusion, *, rescale: float = 0.0
+) -> Denoise:
+    """Guidance with an optimised scale (CFG-Zero*, Fan et al. 2025, equation 7): before it is guided away from, the
+    unconditional output u is multiplied by s = <v, u> / |u|^2 of each sample, which brings it nearest to the
+    conditional output v. So guidance acts only along what is not common to both.
+
+    Outputs are what the network predicts under ``diffusion`` (the velocity of flow matching). Otherwise as :func:`cfg`.
+    """
+
+    def nearest(x: Tensor, t: Tensor) -> Tensor:
+        outputs = (diffusion.target(denoise(x, t), x, t) for denoise in (cond, uncond))
+        v, u = (output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs)
+        dims = tuple(range(1, v.ndim))
+        norm = u.square().sum(dim=dims, keepdim=True)
+        best = torch.where(norm > 0, (v * u).sum(dim=dims, keepdim=True) / norm, 1.0)
+        return diffusion.to_x0(x, (best * u).to(x.dtype), t)
+
+    cond, uncond = once(cond), once(uncond)
+    return cfg(cond, nearest, scale, rescale=rescale, diffusion=diffusion)
+
+
+def zero_init(denoise: Denoise, diffusion: Diffusion, until: float) -> Denoise:
+    """The first steps stand still (CFG-Zero*, section 3.3): at times t above ``until`` the velocity is 0 and the
+    network is not asked, since there a network is farther from the truth than nothing at all.
+
+    For straight processes (flow matching) only, where no velocity means no motion.
+    """
+
+    def still_at_first(x: Tensor, t: Tensor) -> Tensor:
+        if float(t.max()) > until:
+            return diffusion.to_x0(x, torch.zeros_like(x), t)
+        return denoise(x, t)
+
+    return still_at_first
+
+
+def away_from(
+    guided: Denoise, cond: Denoise, weak: Denoise, scale: Callable[[float], float], *, rescale: float = 0.0
+) -> Denoise:
+    """``guided + scale (cond - weak)``: away from what a weakened network says under the same conditioning.
+
+    With blocks left out this is skip-layer guidance, with attention left out spatio-temporal guidance (Hyung et al.
+    2024, equation 6). ``weak`` is not asked at times where the scale is 0, and then nothing is changed.
+
+    Args:
+        cond: the same denoiser that ``guided`` asks; wrap it in :func:`once` before, or it runs twice.
+        rescale: in [0, 1], how far the result is given the spread of ``cond``'s answer.
+    """
+
+    def pushed(x: Tensor, t: Tensor) -> Tensor:
+        x0, now = guided(x, t), scale(float(t.max()))
+        if now == 0.0:
+            return x0
+        strong = cond(x, t)
+        x0 = x0 + now * (strong - weak(x, t))
+        return x0 if rescale == 0.0 else rescale_guidance(x0, strong, rescale)
+
+    return pushed
+
+
+def once(denoise: Denoise) -> Denoise:
+    """Asked the very same question twice in a row (the same tensors), it answers from memory."""
+    last: list[Tensor] = []
+
+    def remembering(x: Tensor, t: Tensor) -> Tensor:
+        if not (last and last[0] is x and last[1] is t):
+            last[:] = [x, t, denoise(x, t)]
+        return last[2]
+
+    return remembering
+
+
 def dynamic_thresholding(denoise: Denoise, *, percentile: float = 0.995, limit: float = 1.0) -> Denoise:
     """Clip x0 at a percentile s of its magnitude, when that is above ``limit``, and scale back by limit / s
     (Saharia et al. 2022, section 2.3). Meant for pixels in [-limit, limit]; latents have no such bound.

@@ -7,7 +7,6 @@ one. Both compute the same function; several LoRAs add up, whatever their order.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block_names import fits
 from .errors import SettingsError, unknown_name
 from .weights.adapters import Change, LowRank, pad_inputs
 from .weights.keymap import KeyMap
@@ -65,13 +65,13 @@ class BlockStrengths:
         return cls(tuple(patterns))
 
     def of(self, module: str) -> float:
-        factors = [factor for pattern, factor in self.patterns if _fits(pattern, module)]
+        factors = [factor for pattern, factor in self.patterns if fits(pattern, module)]
         return factors[-1] if factors else 1.0
 
     def check(self, modules: Sequence[str]) -> None:
         """Raise SettingsError for a pattern that fits none of these modules: it is most likely misspelt."""
         for pattern, _ in self.patterns:
-            if not any(_fits(pattern, module) for module in modules):
+            if not any(fits(pattern, module) for module in modules):
                 blocks = sorted({module.partition(".")[0] for module in modules})
                 raise SettingsError(
                     "No block that this LoRA changes fits the pattern",
@@ -89,23 +89,6 @@ def _unreadable(item: str) -> SettingsError:
         given=item,
         expected='PATTERN: NUMBER, such as "double_blocks.*: 1, single_blocks.0-9: 0.5", or "double_blocks only"',
     )
-
-
-def _fits(pattern: str, module: str) -> bool:
-    """Whether the pattern's path is the begin of the module's, component by component."""
-    wanted, given = pattern.split("."), module.split(".")
-    if len(wanted) > len(given):
-        return False
-    return all(
-        _fits_component(want, have) or (index == 0 and have == f"{want}_blocks")
-        for index, (want, have) in enumerate(zip(wanted, given, strict=False))
-    )
-
-
-def _fits_component(pattern: str, name: str) -> bool:
-    if (span := re.fullmatch(r"(\d+)-(\d+)", pattern)) and name.isdigit():
-        return int(span[1]) <= int(name) <= int(span[2])
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 def check_strength(value: object, what: str = "strength of the LoRA") -> None:

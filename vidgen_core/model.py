@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import Stream, around_blocks, block_paths, forward_of
+from .caching import CacheRun, CurveRecorder
 from .codec import Codec
 from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError, SettingsError, unknown_name
@@ -25,10 +27,12 @@ from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
 from .nn.backends import AttentionChoice
 from .nn.joint_blocks import computing_attention
 from .nn.parallel import current_team, split_over
+from .nn.rope import TimeStretch, intrinsic_component, stretched_time
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
-from .types import Conditioning, Defaults, Denoise, Held, VideoShape
+from .tricks import Tricks
+from .types import Conditioning, Defaults, Denoise, Grid, Held, VideoShape
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
@@ -57,6 +61,8 @@ class VideoModel:
     """how the blocks are compiled inside :meth:`patched`, a name of ``memory.compiled.MODES``; None: they are not"""
     attention: AttentionChoice | None = None
     """how attention is computed inside :meth:`patched`; None leaves it as it is outside"""
+    tricks: Tricks = Tricks()
+    """step cache, weak passes, windows, ...: likewise around the network inside :meth:`patched` only"""
 
     @classmethod
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
@@ -68,6 +74,11 @@ class VideoModel:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @property
+    def grid(self) -> Grid:
+        """How pixels map to latents, by the family's published codec."""
+        return self.family.grid(self.family.parts["codec"].config())
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's raw output for noisy latents, in the dtype of ``x_t``. Gradients flow.
@@ -136,10 +147,23 @@ class VideoModel:
         choice.check()
         return replace(self, attention=choice)
 
+    def with_tricks(self, tricks: Tricks) -> VideoModel:
+        """This model with these tricks in place of its own, around the same network.
+
+        Raises:
+            SettingsError: this network cannot do one of them.
+        """
+        tricks.check(self.family, self.config, self.network, self.diffusion, self.fingerprint)
+        return replace(self, tricks=tricks)
+
     @contextlib.contextmanager
-    def patched(self) -> Iterator[None]:
-        """The network with this model's LoRAs and attention, its blocks compiled if they are to be, split over the
-        current team; not to be nested.
+    def patched(self, ts: Tensor | None = None, *, recorder: CurveRecorder | None = None) -> Iterator[None]:
+        """The network with this model's LoRAs, attention and tricks, its blocks compiled if they are to be, split over
+        the current team; not to be nested.
+
+        Args:
+            ts: the times of the run; without them no step cache acts.
+            recorder: measures how the blocks' residual changes; no step cache acts then either.
 
         Raises:
             SettingsError: the network can be neither split nor looked at in tiles, and it should be.
@@ -150,11 +174,27 @@ class VideoModel:
                 stack.enter_context(apply_loras(self.network, self._uses()))
                 self.network.config = self.config  # a LoRA may have enlarged the input
                 stack.callback(setattr, self.network, "config", before)
+            stack.enter_context(stretched_time(self._stretch()))
             if self.compile_mode is not None:
                 stack.enter_context(compiled(self.network, self.family.blocks, mode=self.compile_mode))
+            cache = None if recorder is not None else self._cache_run(ts)
+            rules, enhance = self.family.block_rules, self.tricks.enhance
+            if recorder is not None or self.tricks.around_blocks:
+                assert rules is not None, "checked when the tricks were put on"
+                around = around_blocks(
+                    self.network,
+                    self.block_paths,
+                    rules,
+                    cache=cache,
+                    recorder=recorder,
+                    enhance=0.0 if enhance is None else enhance.weight,
+                )
+                stack.enter_context(around)
             stack.enter_context(split_over(self.network, current_team()))
             stack.enter_context(computing_attention(self.network, self.attention))
             yield
+            if cache is not None:
+                log.info("the step cache skipped %d of %d forwards", cache.tally.skipped, cache.tally.forwards)
 
     def _uses(self) -> tuple[LoraUse, ...]:
         """LoRAs whose mode is left to us are merged where the blocks are compiled, if the weights can be changed."""
@@ -165,17 +205,49 @@ class VideoModel:
             for use in self.loras
         )
 
+    @property
+    def block_paths(self) -> list[str]:
+        """Of the blocks, in the order they run."""
+        return block_paths(self.network, self.family.blocks)
+
+    def _cache_run(self, ts: Tensor | None) -> CacheRun | None:
+        if self.tricks.cache is None or ts is None:
+            return None
+        assert self.family.block_rules is not None
+        polynomial = self.family.block_rules.polynomial(self.config)
+        return CacheRun(self.tricks.cache, ts, polynomial=polynomial)
+
+    def _stretch(self) -> TimeStretch | None:
+        riflex = self.tricks.riflex
+        if riflex is None:
+            return None
+        assert self.family.block_rules is not None
+        rope = self.family.block_rules.time_rope(self.config)
+        assert rope is not None
+        trained = riflex.trained_length or self.grid.num_latent_frames(self.defaults.num_frames)
+        length = trained // self.family.patch(self.config)[0]
+        component = intrinsic_component(*rope, length) if riflex.component is None else riflex.component
+        return TimeStretch(component=component, trained_length=length)
+
     def conditioning(self, features: Any, *, guidance: float | None = None) -> Conditioning:
         """What the network is told for these text features; ``guidance`` None takes the checkpoint's default."""
         guidance = self.defaults.guidance if guidance is None else guidance
         return self.family.condition(self.config, features, guidance)
 
 
-def denoiser(model: VideoModel, cond: Conditioning) -> Denoise:
-    """``(x_t, t) -> x0`` of the network under one conditioning; a conditioning of batch 1 serves every sample."""
+def denoiser(model: VideoModel, cond: Conditioning, *, stream: Stream | None = None) -> Denoise:
+    """``(x_t, t) -> x0`` of the network under one conditioning; a conditioning of batch 1 serves every sample.
+
+    Args:
+        stream: what a step cache compares with, and what the network does without; None is a stream of its own.
+    """
+    own = Stream() if stream is None else stream
+    patch = model.family.patch(model.config)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        output = model.predict(x_t, t, cond.expand(x_t.shape[0]))
+        frames, rows, columns = (size // step for size, step in zip(x_t.shape[2:], patch, strict=True))
+        with forward_of(own, t, (frames, rows, columns)):
+            output = model.predict(x_t, t, cond.expand(x_t.shape[0]))
         return model.diffusion.to_x0(x_t, output, t)
 
     return denoise
@@ -197,7 +269,9 @@ def denoiser_pair(
     """
     joint: list[Conditioning] = []
     held: list[Tensor] = []  # x_t, t and the unconditional x0 of the last forward
-    first_alone, second_alone = denoiser(model, cond), denoiser(model, uncond)
+    first_alone = denoiser(model, cond)
+    second_alone = denoiser(model, uncond, stream=Stream(branches=("uncond",)))
+    both = Stream(branches=("cond", "uncond"))
 
     def conditional(x_t: Tensor, t: Tensor) -> Tensor:
         if not both_at(float(t.max())):
@@ -206,7 +280,7 @@ def denoiser_pair(
         if not joint:
             joint.append(join(cond.expand(batch), uncond.expand(batch)))
         twice = torch.cat([t, t]) if t.ndim and t.shape[0] == batch else t
-        first, second = denoiser(model, joint[0])(torch.cat([x_t, x_t]), twice).chunk(2)
+        first, second = denoiser(model, joint[0], stream=both)(torch.cat([x_t, x_t]), twice).chunk(2)
         held[:] = [x_t, t, second]
         return first
 

@@ -11,7 +11,7 @@ L text tokens, D width of a token, P width of a pooled vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,6 +176,15 @@ class Conditioning:
         mask = some.context_mask[:, :length]
         whole = bool(mask.all())
         return replace(some, context=some.context[:, :length].contiguous(), context_mask=None if whole else mask)
+
+    def at_frames(self, frames: Sequence[int]) -> Conditioning:
+        """What is told of these latent frames, in this order."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.index_select(2, torch.tensor(frames, device=tensor.device))
+
+        held = None if self.held is None else Held(latents=pick(self.held.latents), mask=pick(self.held.mask))
+        return replace(self, concat=_map_tensor(self.concat, pick), held=held)
 
     def expand(self, batch: int) -> Conditioning:
         """Repeat a conditioning of batch 1 to ``batch`` samples; one that already fits is returned as it is."""

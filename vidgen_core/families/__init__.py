@@ -139,6 +139,27 @@ class KeyframeRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRules:
+    """How the blocks of a network look from outside, for what stands around them: step caches and guidance by weak
+    passes (``blocks``). A value is what a block gives."""
+
+    through: Callable[[Sequence[Any]], Any]
+    """arguments of a block -> what it would give if it did nothing"""
+    video: Callable[[Any, int], Tensor]
+    """(value, number of video tokens) -> the video's tokens (B, L, D)"""
+    with_video: Callable[[Any, Tensor], Any]
+    """(value, (B, L, D)) -> the value with these tokens of the video"""
+    reads: Callable[[nn.Module], nn.Module]
+    """a block -> its layer that reads the normalised and modulated tokens, the video's first"""
+    attended_video: Callable[[int], slice] = lambda num_video: slice(0, num_video)
+    """number of video tokens -> where they are among those that attend"""
+    time_rope: Callable[[Config], tuple[int, float] | None] = lambda config: None
+    """head channels of the frame axis and their base, of networks that take ``nn.rope.time_stretch``"""
+    polynomial: Callable[[Config], tuple[float, ...] | None] = lambda config: None
+    """TeaCache's published coefficients for this network, highest power first; None where there are none"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Everything the rest of the core needs to know about a family."""
 
@@ -171,6 +192,8 @@ class Family:
     """values of the network config's ``image_condition`` that the weights allow; empty without such a field"""
     blocks: tuple[str, ...]
     """module lists in the order they run, for streaming"""
+    block_rules: BlockRules | None = None
+    """None: nothing may stand around the blocks"""
     keep_fp32: tuple[str, ...]
     """module paths that stay in float32 whatever the storage dtype is"""
     lora_targets: tuple[str, ...]

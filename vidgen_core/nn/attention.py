@@ -14,12 +14,14 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .attention_change import changeable
 from .backends import Attend, AttentionChoice, Dispatcher, needs_gradients, plain
 
 _DEFAULT = Dispatcher(AttentionChoice())
 _attend: ContextVar[Attend] = ContextVar("vidgen_attend", default=_DEFAULT)
 
 
+@changeable
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Softmax attention with the usual 1/sqrt(d) scale.
 

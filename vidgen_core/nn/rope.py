@@ -6,10 +6,64 @@ of its own. Source: RoFormer (Su et al. 2021), with the axes of HunyuanVideo's `
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeStretch:
+    """RIFLEx (Zhao et al. 2025): one frequency of the frame axis slowed down, so that a video longer than the network
+    has learned does not begin anew when that frequency has turned once."""
+
+    component: int
+    """which frequency of the ladder, 0 is the fastest"""
+    trained_length: int
+    """tokens along frames that the network has learned; no longer video is changed by anything"""
+    turn: float = 0.9
+    """how far the frequency turns over the whole video; the published code leaves a tenth of margin"""
+
+    def frequencies(self, ladder: Tensor, length: int) -> Tensor:
+        """The frame axis' frequencies for ``length`` tokens along it."""
+        if length <= self.trained_length:
+            return ladder
+        changed = ladder.clone()
+        changed[self.component] = changed[self.component].clamp(max=self.turn * 2 * math.pi / length)
+        return changed
+
+
+def intrinsic_component(channels: int, theta: float, trained_length: int) -> int:
+    """The fastest frequency that turns at most once over the trained length: the one whose turn shows as repetition.
+
+    Gives the published choices: 3 of HunyuanVideo (16 channels, base 256, 33 tokens), 1 of CogVideoX-5B (16, 1e4, 13).
+    """
+    count = channels // 2
+    periods = (2 * math.pi * theta ** (2 * i / channels) for i in range(count))
+    return next((i for i, period in enumerate(periods) if period >= trained_length), count - 1)
+
+
+_stretch: TimeStretch | None = None
+
+
+def time_stretch() -> TimeStretch | None:
+    """The stretch of now, for :func:`rope_table`."""
+    return _stretch
+
+
+@contextmanager
+def stretched_time(stretch: TimeStretch | None) -> Iterator[None]:
+    """Inside the block, :func:`time_stretch` is this one."""
+    global _stretch
+    before, _stretch = _stretch, stretch
+    try:
+        yield
+    finally:
+        _stretch = before
 
 
 @lru_cache(maxsize=8)
@@ -20,6 +74,7 @@ def rope_table(
     *,
     num_plain: int = 0,
     device: torch.device,
+    stretch: TimeStretch | None = None,
 ) -> Tensor:
     """Every token's rotations; kept for the last few grids, never part of a state dict.
 
@@ -29,6 +84,7 @@ def rope_table(
         theta: base of the geometric ladder of frequencies, theta ** (-2 i / axis).
         num_plain: tokens after the grid (text) that are not rotated.
         device: where the tables live.
+        stretch: of the frame axis, for videos longer than the network has learned.
 
     Returns:
         float32 (L, 1, sum(axes) / 2, 2) with L = prod(grid) + num_plain, ready to broadcast over heads: the cosine
@@ -40,6 +96,8 @@ def rope_table(
         for axis, (size, channels) in enumerate(zip(grid, axes, strict=True)):
             ladder = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
             frequencies = 1.0 / theta**ladder
+            if axis == 0 and stretch is not None:
+                frequencies = stretch.frequencies(frequencies, size)
             positions = torch.arange(size, device=device, dtype=torch.float32)
             shape = [1, 1, 1, len(frequencies)]
             shape[axis] = size

@@ -18,6 +18,7 @@ from ...nn.attention import trim_padding
 from ...text.features import TextFeatures
 from ...types import Conditioning, Grid, VideoShape
 from .. import Family, Part, TextAssembly
+from .block_rules import BLOCK_RULES
 from .codec import HunyuanCodec
 from .config import DEFAULTS, ClipDims, CodecConfig, LlamaDims, NetworkConfig, TextConfig, VisionDims
 from .keyframes import RULES
@@ -168,6 +169,7 @@ FAMILY = Family(
     fits_text=_fits_text,
     image_conditions=_image_conditions,
     blocks=("double_blocks", "single_blocks"),
+    block_rules=BLOCK_RULES,
     keep_fp32=("time_in", "vector_in", "guidance_in", "final_layer"),
     lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
     activation_bytes=_activation_bytes,

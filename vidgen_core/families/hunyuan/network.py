@@ -21,7 +21,7 @@ from ...nn.attention import attention
 from ...nn.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
 from ...nn.modulation import Modulation, gated_add, modulate
 from ...nn.norms import RMSNorm, layer_norm
-from ...nn.rope import apply_rope, rope_table
+from ...nn.rope import apply_rope, rope_table, time_stretch
 from .config import NetworkConfig
 
 NORM_EPS = 1e-6
@@ -329,7 +329,12 @@ class HunyuanVideoTransformer(nn.Module):
             vec=vec,
             frame_vec=frame_vec,
             rope=rope_table(
-                grid, self.config.rope_axes, self.config.rope_theta, num_plain=txt.shape[1], device=x.device
+                grid,
+                self.config.rope_axes,
+                self.config.rope_theta,
+                num_plain=txt.shape[1],
+                device=x.device,
+                stretch=time_stretch(),
             ),
             mask=None if mask is None else F.pad(mask, (img.shape[1], 0), value=True)[:, None, None, :],
             num_video=img.shape[1],
