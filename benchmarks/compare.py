@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -48,10 +47,12 @@ def contest_of(family: str, setting: Setting) -> Contest:
     """Both sides of a part.
 
     Raises:
-        SettingsError: the part cannot be had in this dtype, or there is no such device.
+        SettingsError: the part cannot be had in this dtype, or the peer or the device is not there.
     """
     import torch
 
+    if find_spec("diffusers") is None:
+        raise SettingsError("There is nothing to compare with: diffusers is not installed", do='pip install ".[bench]"')
     if setting.dtype == "fp8" and setting.part in ("codec", "text"):
         raise SettingsError(
             "Neither side stores this part as float8",
@@ -68,7 +69,7 @@ def contest_of(family: str, setting: Setting) -> Contest:
 
 
 def clock_of(device: str, load: float | None) -> str:
-    """Which seconds the ratio is made of: "cpu" (of this process, all threads) where others use the CPU, else "wall"."""
+    """Which seconds the ratio is made of: "cpu" (this process, all threads) where others use the CPU, else "wall"."""
     return "cpu" if device == "cpu" and load is not None and load > BUSY_LOAD else "wall"
 
 
@@ -249,7 +250,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     host = report["machine"]
     kind = {"cpu": "CPU seconds of the process", "wall": "seconds"}[clock]
     lines = [
-        f"### {report['family']} {report['part']}, {report['dtype']}, {report['device']}: vidgen and {report['theirs']}",
+        "### {family} {part}, {dtype}, {device}: vidgen and {theirs}".format(**report),
         "",
         f"| | {kind}, median of {report['runs']} | a run needs above its weights |",
         "|---|---|---|",

@@ -85,8 +85,7 @@ def _statistics(x: Tensor, num_groups: int, num_frames: int, dtype: torch.dtype)
         return _merged(mean, variance, [1] * len(mean))
     frames = x.split(num_frames, dim=2)
     parts = [
-        torch.var_mean(part.to(dtype).unflatten(1, (num_groups, -1)), dim=(2, 3, 4, 5), correction=0)
-        for part in frames
+        torch.var_mean(part.to(dtype).unflatten(1, (num_groups, -1)), dim=(2, 3, 4, 5), correction=0) for part in frames
     ]
     variances, means = (torch.stack(values) for values in zip(*parts, strict=True))
     return _merged(means, variances, [part.shape[2] for part in frames])
