@@ -89,17 +89,26 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def alternate(ours: Side, peer: Side, runs: int, device: str) -> dict[str, list[dict[str, float]]]:
-    """``runs`` turns of each, one after the other, after a turn of each that does not count."""
+def alternate(
+    ours: Side, peer: Side, runs: int, device: str
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, Tensor]]:
+    """``runs`` turns of each, one after the other, after a turn of each that does not count.
+
+    Returns:
+        by side, the seconds of its turns; and its answer, from the turn that does not count.
+    """
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+    answers = {}
     for turn in range(runs + 1):
         for name, side in zip(SIDES, (ours, peer), strict=True):
             spent, result = timed(side, device)
-            del result
-            gc.collect()
             if turn:
                 seconds[name].append(spent)
-    return seconds
+            else:
+                answers[name] = side.answer(result)
+            del result
+            gc.collect()
+    return seconds, answers
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -119,14 +128,12 @@ def difference(a: Tensor, b: Tensor) -> dict[str, float]:
     return {"relative": float(gap.norm() / b.norm()), "max_abs": float(gap.abs().max())}
 
 
-def agreement(contest: Contest, ours: Side, peer: Side, folder: Path) -> dict[str, Any]:
+def agreement(answers: Mapping[str, Tensor], exact: Side | None) -> dict[str, Any]:
     """The difference between both, and where both round, that of each from ours in float32."""
-    answers = {name: side.answer(side.run()) for name, side in zip(SIDES, (ours, peer), strict=True)}
     found: dict[str, Any] = difference(answers["ours"], answers["peer"])
-    if contest.exact is not None:
-        side = contest.exact(folder)
-        exact = side.answer(side.run())
-        found["from_float32"] = {name: difference(answer, exact)["relative"] for name, answer in answers.items()}
+    if exact is not None:
+        right = exact.answer(exact.run())
+        found["from_float32"] = {name: difference(answer, right)["relative"] for name, answer in answers.items()}
     return found
 
 
@@ -191,9 +198,8 @@ def compare(family: str, setting: Setting, runs: int, *, with_memory: bool = Tru
         folder = Path(place)
         contest.prepare(folder)
         used = memory(family, setting, folder) if with_memory else None
-        ours, peer = contest.ours(folder), contest.peer(folder)
-        seconds = alternate(ours, peer, runs, setting.device)
-        apart = agreement(contest, ours, peer, folder)
+        seconds, answers = alternate(contest.ours(folder), contest.peer(folder), runs, setting.device)
+        apart = agreement(answers, None if contest.exact is None else contest.exact(folder))
     pairs = list(zip(seconds["ours"], seconds["peer"], strict=True))
     ratios = {name: [a[name] / b[name] for a, b in pairs] for name in ("wall", "cpu")}
     found = median(ratios[clock])

@@ -26,10 +26,16 @@ BF16_ROUNDING = 0.05
 """of 8 bits through a few layers of random weights; other weights or inputs give more than 1"""
 
 
-def both(setting: Setting, folder: Path) -> tuple[Contest, Side, Side]:
+def both(setting: Setting, folder: Path) -> tuple[Contest, dict[str, Side]]:
     contest = compare.contest_of("hunyuan", setting)
     contest.prepare(folder)
-    return contest, contest.ours(folder), contest.peer(folder)
+    return contest, {"ours": contest.ours(folder), "peer": contest.peer(folder)}
+
+
+def agreement_of(setting: Setting, folder: Path) -> dict[str, Any]:
+    contest, sides = both(setting, folder)
+    answers = {name: side.answer(side.run()) for name, side in sides.items()}
+    return compare.agreement(answers, None if contest.exact is None else contest.exact(folder))
 
 
 # --- the same weights, the same answers -------------------------------------------------------------------------------
@@ -37,8 +43,7 @@ def both(setting: Setting, folder: Path) -> tuple[Contest, Side, Side]:
 
 @pytest.mark.parametrize("setting", CASES, ids=lambda setting: f"{setting.part}-{setting.valid_text}")
 def test_both_sides_give_the_same_answer(setting: Setting, tmp_path: Path) -> None:
-    contest, ours, peer = both(setting, tmp_path)
-    found = compare.agreement(contest, ours, peer, tmp_path)
+    found = agreement_of(setting, tmp_path)
     assert found["relative"] <= 1e-5  # rounding of float32; VAEs of random weights amplify it
     assert "from_float32" not in found
 
@@ -46,15 +51,14 @@ def test_both_sides_give_the_same_answer(setting: Setting, tmp_path: Path) -> No
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("part", ["network", "loader"])
 def test_narrow_numbers_stay_near_float32_on_both_sides(part: str, dtype: str, tmp_path: Path) -> None:
-    contest, ours, peer = both(Setting(part=part, dtype=dtype, size="tiny"), tmp_path)
-    found = compare.agreement(contest, ours, peer, tmp_path)
+    found = agreement_of(Setting(part=part, dtype=dtype, size="tiny"), tmp_path)
     assert 0 < found["from_float32"]["ours"] < BF16_ROUNDING
     assert 0 < found["from_float32"]["peer"] < BF16_ROUNDING
 
 
 def test_float8_is_what_both_hold(tmp_path: Path) -> None:
-    _, ours, peer = both(Setting(part="network", dtype="fp8", size="tiny"), tmp_path)
-    for side in (ours, peer):
+    _, sides = both(Setting(part="network", dtype="fp8", size="tiny"), tmp_path)
+    for side in sides.values():
         (module,) = side.modules
         held = {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}
         assert torch.float8_e4m3fn in held
@@ -63,8 +67,7 @@ def test_float8_is_what_both_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["default", "tiled"])
 def test_a_peer_that_cuts_the_video_is_another_answer(way: str, tmp_path: Path) -> None:
     """Else the sizes would be too small for it to cut, and the bar would be held against the wrong thing."""
-    contest, ours, peer = both(Setting(part="codec", size="tiny", peer=way), tmp_path)
-    assert compare.agreement(contest, ours, peer, tmp_path)["relative"] > 1e-3
+    assert agreement_of(Setting(part="codec", size="tiny", peer=way), tmp_path)["relative"] > 1e-3
 
 
 def test_reduced_sizes_are_those_that_the_peer_cuts() -> None:
@@ -89,9 +92,10 @@ def counting(calls: list[str], name: str) -> Side:
 
 def test_turns_alternate_and_the_first_does_not_count() -> None:
     calls: list[str] = []
-    seconds = compare.alternate(counting(calls, "a"), counting(calls, "b"), 3, "cpu")
+    seconds, answers = compare.alternate(counting(calls, "a"), counting(calls, "b"), 3, "cpu")
     assert calls == ["a", "b"] * 4
     assert {name: len(runs) for name, runs in seconds.items()} == {"ours": 3, "peer": 3}
+    assert answers.keys() == {"ours", "peer"}
 
 
 def test_a_busy_machine_is_measured_by_cpu_time() -> None:
