@@ -99,6 +99,8 @@ def alternate(
     """
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     answers = {}
+    gc.collect()
+    gc.freeze()  # what was imported and built stays, so that collecting after each turn costs little
     for turn in range(runs + 1):
         for name, side in zip(SIDES, (ours, peer), strict=True):
             spent, result = timed(side, device)
@@ -108,6 +110,7 @@ def alternate(
                 answers[name] = side.answer(result)
             del result
             gc.collect()
+    gc.unfreeze()
     return seconds, answers
 
 

