@@ -130,8 +130,9 @@ def test_memory_of_a_run_is_counted(tmp_path: Path) -> None:
     contest = Contest(prepare=lambda folder: None, ours=side, peer=side, peer_name="itself")
     if sys.platform == "linux":
         found = compare.measure_memory(contest, "ours", tmp_path, "cpu")
-        assert big <= found["above"] < 1.5 * big
-        assert big <= found["anonymous_above"] < 1.5 * big
+        # The kernel counts pages in batches for each CPU, so a hundred of them may be missing.
+        assert 0.98 * big <= found["above"] < 1.5 * big
+        assert 0.98 * big <= found["anonymous_above"] < 1.5 * big
 
 
 def test_touching_reads_every_weight() -> None:
