@@ -190,9 +190,9 @@ def cost(seconds: Mapping[str, float], peak_after_load: int, bar_bytes: int) -> 
     }
 
 
-def measure_fresh(path: Path, module: str) -> dict[str, Any]:
-    """``measure(path)`` of a benchmark's module in a process of its own."""
-    command = [sys.executable, "-m", module, "--once", str(path)]
+def measure_fresh(module: str, *arguments: str) -> dict[str, Any]:
+    """What a benchmark's module prints for these arguments, as its last line, in a process of its own."""
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -220,7 +220,7 @@ def run(config: NetworkConfig, folder: Path | None) -> dict[str, Any]:
         started = time.perf_counter()
         num_bytes = write_checkpoint(path, config)
         report["checkpoint"] = {"bytes": num_bytes, "write_s": round(time.perf_counter() - started, 2)}
-        return report | measure_fresh(path, __spec__.name)
+        return report | measure_fresh(__spec__.name, f"--once={path}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

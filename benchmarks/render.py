@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -102,13 +102,13 @@ class Meter:
 
 
 @contextmanager
-def children_watched() -> Iterator[list[int]]:
-    """A list whose only number is the largest :func:`children_bytes` that was seen meanwhile."""
+def watched(reading: Callable[[], int]) -> Iterator[list[int]]:
+    """A list whose only number is the largest reading that was seen meanwhile."""
     seen, done = [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            seen[0] = max(seen[0], children_bytes())
+            seen[0] = max(seen[0], reading())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -136,7 +136,7 @@ def measure(prompt: str, model: str | None, seed: int, threads: int | None) -> d
     meter.close("load")
     settings = Sampling(seed=seed).resolved(bundle.model.defaults)
     video = generate(bundle, prompt, settings=settings, host=host)
-    with tempfile.TemporaryDirectory() as folder, children_watched() as ffmpeg:
+    with tempfile.TemporaryDirectory() as folder, watched(children_bytes) as ffmpeg:
         frames = images_to_frames(video_to_images(video))
         path = write_video(Path(folder) / "out.mp4", frames, fps=bundle.model.defaults.fps)
         num_bytes = path.stat().st_size

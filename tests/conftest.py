@@ -79,23 +79,9 @@ def vae_twin() -> Callable[[Any], Any]:
     """diffusers' HunyuanVideo VAE with the weights and dtype of one of ours."""
 
     def twin_of(vae: Any) -> Any:
-        from diffusers import AutoencoderKLHunyuanVideo
+        from vidgen.benchmarks.compare_hunyuan import diffusers_vae
 
-        config = vae.config
-        levels = len(config.block_channels)
-        twin = AutoencoderKLHunyuanVideo(
-            in_channels=config.in_channels,
-            out_channels=config.in_channels,
-            latent_channels=config.latent_channels,
-            down_block_types=("HunyuanVideoDownBlock3D",) * levels,
-            up_block_types=("HunyuanVideoUpBlock3D",) * levels,
-            block_out_channels=config.block_channels,
-            layers_per_block=config.layers_per_block,
-            norm_num_groups=config.num_groups,
-            spatial_compression_ratio=config.spatial_compression,
-            temporal_compression_ratio=config.temporal_compression,
-            mid_block_add_attention=config.mid_attention,
-        )
+        twin = diffusers_vae(vae.config)
         twin.use_framewise_encoding = twin.use_framewise_decoding = False  # it would cut 17 frames in two otherwise
         twin.to(next(vae.parameters()).dtype).load_state_dict(vae.state_dict())
         return twin.eval()
@@ -108,27 +94,10 @@ def network_twin() -> Callable[[Any], Any]:
     """diffusers' HunyuanVideo transformer with the weights of one of ours, through the key map."""
 
     def twin_of(network: Any) -> Any:
-        from diffusers import HunyuanVideoTransformer3DModel
-
+        from vidgen.benchmarks.compare_hunyuan import diffusers_network
         from vidgen.vidgen_core.families.hunyuan.keys import LAYOUTS
 
-        config = network.config
-        twin = HunyuanVideoTransformer3DModel(
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.hidden_size // config.num_heads,
-            num_layers=config.num_double_blocks,
-            num_single_layers=config.num_single_blocks,
-            num_refiner_layers=config.num_refiner_blocks,
-            patch_size_t=config.patch[0],
-            patch_size=config.patch[1],
-            guidance_embeds=config.guidance_embed,
-            text_embed_dim=config.text_width,
-            pooled_projection_dim=config.pooled_width,
-            rope_axes_dim=config.rope_axes,
-            image_condition_type=None if config.image_condition == "none" else config.image_condition,
-        )
+        twin = diffusers_network(network.config)
         twin.load_state_dict(LAYOUTS["diffusers"].to_foreign(network.state_dict()))
         return twin.eval()
 

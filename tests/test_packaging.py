@@ -88,7 +88,7 @@ def test_dependencies_are_what_the_code_imports(pyproject: dict[str, Any]) -> No
     project = pyproject["project"]
     core = dependency_names(project["dependencies"])
     optional = dependency_names(
-        [line for name in ("train", "serve") for line in project["optional-dependencies"][name]]
+        [line for name in ("bench", "train", "serve") for line in project["optional-dependencies"][name]]
     )
     declared = {IMPORT_NAMES.get(name, name) for name in core | optional}
     assert used - comfyui - declared == set()

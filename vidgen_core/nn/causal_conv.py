@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import Conv3d, conv3d, empty_like
+
 Steps = tuple[int, int, int]
 """Factors by which T, H and W shrink or grow."""
 
@@ -25,7 +27,7 @@ class CausalConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, stride: Steps = (1, 1, 1)) -> None:
         super().__init__()
         self.side, self.front = kernel // 2, kernel - 1
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride)
+        self.conv = Conv3d(in_channels, out_channels, kernel, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(_pad(x, self.side, self.front))
@@ -37,7 +39,7 @@ class CausalConv3d(nn.Module):
         for start, padded in _windows(x, before, self.side, self.front, num_frames):
             part: Tensor = self.conv(padded)
             if out is None:
-                out = part.new_empty(*part.shape[:2], x.shape[2], *part.shape[3:])
+                out = empty_like(part, (*part.shape[:2], x.shape[2], *part.shape[3:]))
             out[:, :, start : start + part.shape[2]] = part
         assert out is not None
         return out
@@ -69,7 +71,7 @@ class UpsampledCausalConv3d(nn.Module):
         for start, padded in _windows(x, lambda frames: frames, 1, self.front, num_frames):
             phases: Tensor = self.conv(padded)
             if out is None:
-                out = phases.new_empty(batch, self.conv.out_channels, *size)
+                out = empty_like(phases, (batch, self.conv.out_channels, *size))
             end = time * (start + phases.shape[2] - 1) + 1
             for small, large in phase_pairs(phases, out[:, :, max(0, time * (start - 1) + 1) : end], steps):
                 large.copy_(small)
@@ -102,7 +104,7 @@ class _PhaseConv3d(nn.Conv3d):
         self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv3d(x, *self.folded())
+        return conv3d(x, *self.folded())
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weights and biases of all phases."""
@@ -128,7 +130,7 @@ class _Interleave(torch.autograd.Function):
         time, height, width = ctx.steps = steps
         batch, channels, num_frames, rows, columns = ctx.shape = phases.shape
         size = time * (num_frames - 1) + 1, height * (rows - height + 1), width * (columns - width + 1)
-        out = phases.new_empty(batch, channels // math.prod(steps), *size)
+        out = empty_like(phases, (batch, channels // math.prod(steps), *size))
         for small, large in phase_pairs(phases, out, steps):
             large.copy_(small)
         return out

@@ -27,12 +27,15 @@ def _grouped(x: Tensor, num_groups: int) -> Tensor:
     return x.unflatten(1, (num_groups, -1))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, in_place: bool = False) -> Tensor:
+    """x * (1 + scale) + shift; ``in_place`` for an ``x`` that nobody keeps, if it can hold the result."""
     groups = scale.shape[1]
+    in_place = in_place and torch.promote_types(x.dtype, scale.dtype) == x.dtype
     if groups == 1:
-        return torch.addcmul(shift, x, 1 + scale)
-    return torch.addcmul(shift.unsqueeze(2), _grouped(x, groups), (1 + scale).unsqueeze(2)).flatten(1, 2)
+        return torch.addcmul(shift, x, 1 + scale, out=x if in_place else None)
+    grouped = _grouped(x, groups)
+    out = torch.addcmul(shift.unsqueeze(2), grouped, (1 + scale).unsqueeze(2), out=grouped if in_place else None)
+    return out.flatten(1, 2)
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:

@@ -23,7 +23,14 @@ class RMSNorm(nn.Module):
         """(..., size) -> (..., size)."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        quotient = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        return quotient.mul_(weight) if overwrites() else quotient * weight
+
+
+def overwrites() -> bool:
+    """Whether a result may take the place of an intermediate: no gradient needs it, and no compiler decides."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def layer_norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:

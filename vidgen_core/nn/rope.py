@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .norms import overwrites
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeStretch:
@@ -116,5 +118,7 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
         # A complex product reads and writes every number once: 10 times faster than the form above on a CPU.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+        numbers = torch.view_as_complex(pairs)
+        is_own = x.dtype != torch.float32 and overwrites()
+        turned = torch.view_as_real(torch.mul(numbers, torch.view_as_complex(table), out=numbers if is_own else None))
     return turned.flatten(-2).to(x.dtype)

@@ -20,7 +20,7 @@ from ...errors import SettingsError
 from ...nn.attention import attention
 from ...nn.embeddings import PatchEmbed, TimestepEmbedder, unpatchify
 from ...nn.modulation import Modulation, gated_add, modulate
-from ...nn.norms import RMSNorm, layer_norm
+from ...nn.norms import RMSNorm, layer_norm, overwrites
 from ...nn.rope import apply_rope, rope_table, time_stretch
 from .config import NetworkConfig
 
@@ -57,6 +57,14 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _projected(
+    x: Tensor, linear: nn.Module, q_norm: nn.Module, k_norm: nn.Module, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, D) -> normalised queries and keys, and values, each (B, L, heads, d)."""
+    q, k, v = _heads(linear(x), num_heads)
+    return q_norm(q), k_norm(k), v
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """(B, L, heads, d) each -> (B, L, D)."""
     return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask).transpose(1, 2).flatten(2)
@@ -76,7 +84,9 @@ class MLP(nn.Module):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation."""
+    """GELU in its tanh approximation; without gradients in place, as ``x`` is a layer's output that nobody keeps."""
+    if overwrites():
+        return torch.ops.aten.gelu_(x, approximate="tanh")
     return F.gelu(x, approximate="tanh")
 
 
@@ -195,24 +205,29 @@ class DoubleBlock(nn.Module):
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = self.img_mod(context.frame_vec)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt_mod(context.vec)
 
-        i_q, i_k, i_v = _heads(self.img_attn_qkv(_normed(img, i_shift1, i_scale1)), self.num_heads)
-        t_q, t_k, t_v = _heads(self.txt_attn_qkv(_normed(txt, t_shift1, t_scale1)), self.num_heads)
-        q = torch.cat([self.img_attn_q_norm(i_q), self.txt_attn_q_norm(t_q)], dim=1)
-        k = torch.cat([self.img_attn_k_norm(i_k), self.txt_attn_k_norm(t_k)], dim=1)
-        v = torch.cat([i_v, t_v], dim=1)
-        out = _attend(apply_rope(q, context.rope), apply_rope(k, context.rope), v, context.mask)
-        i_out, t_out = out.split([img.shape[1], txt.shape[1]], dim=1)
-
+        i_out, t_out = self._attended(_normed(img, i_shift1, i_scale1), _normed(txt, t_shift1, t_scale1), context)
         img = gated_add(img, i_gate1, self.img_attn_proj(i_out))
         img = gated_add(img, i_gate2, self.img_mlp(_normed(img, i_shift2, i_scale2)))
         txt = gated_add(txt, t_gate1, self.txt_attn_proj(t_out))
         txt = gated_add(txt, t_gate2, self.txt_mlp(_normed(txt, t_shift2, t_scale2)))
         return img, txt
 
+    def _attended(self, img: Tensor, txt: Tensor, context: _Context) -> tuple[Tensor, ...]:
+        """What each stream sees. On its own, so that queries, keys and values are gone when the MLPs run."""
+        streams = (
+            _projected(img, self.img_attn_qkv, self.img_attn_q_norm, self.img_attn_k_norm, self.num_heads),
+            _projected(txt, self.txt_attn_qkv, self.txt_attn_q_norm, self.txt_attn_k_norm, self.num_heads),
+        )
+        sizes = [img.shape[1], txt.shape[1]]
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
+        del streams
+        q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
+        return _attend(q, k, v, context.mask).split(sizes, dim=1)
+
 
 def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalised and modulated in float32, then back in the dtype of ``x``."""
-    return modulate(layer_norm(x, eps=NORM_EPS), shift, scale).to(x.dtype)
+    return modulate(layer_norm(x, eps=NORM_EPS), shift, scale, in_place=overwrites()).to(x.dtype)
 
 
 class SingleBlock(nn.Module):
@@ -244,11 +259,21 @@ class SingleBlock(nn.Module):
         return torch.cat([gated_add(img, i_gate, i_out), gated_add(txt, t_gate, t_out)], dim=1)
 
     def update(self, x: Tensor, context: _Context) -> Tensor:
-        qkv, mlp = self.linear1(x).split(self.split, dim=-1)
+        width, inner = x.shape[-1], self.linear1(x)
+        qkv, mlp = inner.split(self.split, dim=-1)
+        attended = self._attended(qkv, context)
+        mlp = gelu_tanh(mlp)
+        if not overwrites():
+            return self.linear2(torch.cat([attended, mlp], dim=-1))
+        # The values were used: what was attended takes their place, beside the MLP, and nothing is copied together.
+        inner[..., 2 * width : 3 * width] = attended
+        return self.linear2(inner.flatten(0, 1)[:, 2 * width :]).unflatten(0, x.shape[:2])
+
+    def _attended(self, qkv: Tensor, context: _Context) -> Tensor:
         q, k, v = _heads(qkv, self.num_heads)
         q = apply_rope(self.q_norm(q), context.rope)
         k = apply_rope(self.k_norm(k), context.rope)
-        return self.linear2(torch.cat([_attend(q, k, v, context.mask), gelu_tanh(mlp)], dim=-1))
+        return _attend(q, k, v, context.mask)
 
 
 class FinalLayer(nn.Module):

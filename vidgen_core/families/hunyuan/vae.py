@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ...errors import SettingsError
 from ...nn.attention import attention
 from ...nn.causal_conv import CausalConv3d, Steps, UpsampledCausalConv3d
-from ...nn.group_norm import GroupNormSiLU
+from ...nn.convolution import Conv3d, fast_layout
+from ...nn.group_norm import GroupNorm, GroupNormSiLU
 from ...types import Grid, VideoShape
 from .config import CodecConfig
 
@@ -68,7 +69,7 @@ class FrameCausalAttention(nn.Module):
 
     def __init__(self, config: CodecConfig, channels: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(config.num_groups, channels, eps=NORM_EPS)
+        self.group_norm = GroupNorm(config.num_groups, channels, eps=NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -257,8 +258,8 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = Conv3d(config.latent_channels, config.latent_channels, 1)
 
     @property
     def grid(self) -> Grid:
@@ -276,18 +277,18 @@ class CausalVAE(nn.Module):
         """
         self._check(video, self.config.in_channels, "video")
         VideoShape(num_frames=video.shape[2], height_px=video.shape[3], width_px=video.shape[4]).check(self.grid)
-        return self.moments(self.quant_conv(self.encoder(video)))
+        return self.moments(self.quant_conv(self.encoder(fast_layout(video))))
 
     @staticmethod
     def moments(encoded: Tensor) -> tuple[Tensor, Tensor]:
         """What ``quant_conv`` makes, (B, 2 C, T', H', W') -> mean and log variance."""
-        mean, logvar = encoded.chunk(2, dim=1)
+        mean, logvar = encoded.contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, C, T, H, W) latents at the VAE's scale -> (B, 3, 4 (T - 1) + 1, 8 H, 8 W), about [-1, 1]; one pass."""
         self._check(z, self.config.latent_channels, "latents")
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(fast_layout(z))).contiguous()
 
     @staticmethod
     def _check(x: Tensor, channels: int, name: str) -> None:

@@ -1,0 +1,62 @@
+"""3-D convolution for decoding and encoding on a CPU: oneDNN's kernels, in the layout that they are fastest in.
+
+torch takes a kernel of its own, on one thread, for small inputs and for channels-last ones with a 1 x 1 x 1 kernel;
+oneDNN's takes less than half of its time at any size. In the layout with channels last, oneDNN need not reorder what
+goes in and out, which is another quarter for large tensors. With gradients everything is as torch has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS_LAST = torch.channels_last_3d
+
+
+class Conv3d(nn.Conv3d):
+    """``nn.Conv3d`` without padding, dilation or groups, by way of :func:`conv3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv3d(input, self.weight, self.bias, self.stride)
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int] = (1, 1, 1)) -> Tensor:
+    """(B, C, T, H, W) -> (B, C', T', H', W') without padding; the layout of ``x`` is kept."""
+    if _is_inference(x) and x.dtype == torch.float32:
+        return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), tuple(stride), (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, tuple(stride))
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """``x`` in the layout to begin a chain of layers in; they keep it."""
+    return x.contiguous(memory_format=CHANNELS_LAST) if _is_inference(x) and _is_narrow(x) else x
+
+
+def empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Of another shape, in the dtype, on the device and in the layout of ``x``."""
+    layout = CHANNELS_LAST if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether all channels of a pixel lie side by side; not of tensors that are contiguous in either way."""
+    return x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
+
+
+def _is_inference(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _is_narrow(x: Tensor) -> bool:
+    """A dtype that oneDNN computes in on this machine; torch's own kernels are slower with channels last."""
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32
