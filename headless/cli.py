@@ -98,6 +98,12 @@ def _add_generate(commands: Any) -> None:
         metavar="FILE[:STRENGTH]",
         help="a LoRA and how strongly it acts (default 1); may be given several times",
     )
+    parser.add_argument(
+        "--storage", help="how the network's weights lie in memory: auto, float8, float8 per row, int8, nf4, ..."
+    )
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="memory to stay under, such as 8GB; weights that do not fit are streamed"
+    )
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
     _add_common(parser)
     parser.set_defaults(command=_generate)
@@ -198,6 +204,7 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
     if arguments.model is not None:
         loader["model_folder"] = arguments.model
+    loader |= _memory(arguments)
     shape, fps, negative = _preflight(arguments, loader["model_folder"])
     size = {"width": shape.width_px, "height": shape.height_px}
     length = {"num_frames": shape.num_frames}
@@ -264,6 +271,19 @@ def parse_lora(text: str) -> tuple[str, float]:
         return (name, float(number)) if colon and name else (text, 1.0)
     except ValueError:  # a colon of the path itself, such as that of a drive
         return text, 1.0
+
+
+def _memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The loader's widgets for --storage and --budget; SettingsError for what cannot be used."""
+    from ..vidgen_core.memory.place import check_choice, parse_bytes
+
+    chosen: dict[str, Any] = {}
+    if arguments.storage is not None:
+        check_choice(arguments.storage)
+        chosen["storage"] = arguments.storage
+    if arguments.budget is not None:
+        chosen["budget_gb"] = parse_bytes(arguments.budget) / 1e9
+    return chosen
 
 
 def _workflow(arguments: argparse.Namespace) -> str:

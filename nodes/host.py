@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..vidgen_core.embeddings import PART
 from ..vidgen_core.errors import FileError, UserError
@@ -85,6 +86,14 @@ class NodeHost(Host, Protocol):
 
     def resume_path(self, node_id: str) -> Path | None:
         """Where the node keeps an interrupted run; None if runs are not kept."""
+        ...
+
+    def manage(self, module: Any) -> None:
+        """A part of a model was loaded: from now on it may be moved off the device when others need the room."""
+        ...
+
+    def need(self, module: Any) -> None:
+        """A part is about to run: bring it back to the device if it was moved off."""
         ...
 
 
@@ -318,6 +327,12 @@ class LocalNodeHost(LocalHost):
         folder, stem = self._run_place()
         return folder / f"{stem}.{self.run_id}-{node_id}.unfinished"
 
+    def manage(self, module: Any) -> None:
+        """Nobody else needs the room."""
+
+    def need(self, module: Any) -> None:
+        """It is where it was loaded."""
+
     def unfinished_runs(self) -> list[Path]:
         """The kept runs: all for ``output_file``, also an earlier command's; only this command's in a shared folder."""
         folder, stem = self._run_place()
@@ -476,6 +491,125 @@ class ComfyHost:
 
     def resume_path(self, node_id: str) -> Path | None:
         return None  # interrupting in ComfyUI means that the run is not wanted
+
+    def manage(self, module: Any) -> None:
+        device = self.device()
+        if isinstance(module, nn.Module) and device.type != "cpu" and module not in _handles:
+            _handles[module] = ModelHandle(module, device)
+            self.need(module)
+
+    def need(self, module: Any) -> None:
+        handle = _handles.get(module) if isinstance(module, nn.Module) else None
+        if handle is not None:
+            import comfy.model_management
+
+            # Whole: a network that is larger than the room streams its blocks, and those are not counted.
+            comfy.model_management.load_models_gpu([handle], force_full_load=True)
+
+
+class ModelHandle:
+    """A module as ComfyUI's model manager sees it, so that its "free" button and other models can move it off.
+
+    It has the attributes and methods that the manager asks of a ``ModelPatcher``, and is none: its classes change.
+    Blocks that are streamed are not here; they hold device memory only while the network runs. The manager keeps a weak
+    reference to the handle, and the handle one to the module, so both go when the last workflow drops the module.
+    """
+
+    parent = None
+
+    def __init__(self, module: nn.Module, load_device: torch.device, offload_device: torch.device | None = None) -> None:
+        self._module = weakref.ref(module)
+        self.load_device = load_device
+        self.offload_device = offload_device or torch.device("cpu")
+        self._device = load_device
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self._module()
+
+    # what it is
+
+    def model_size(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def loaded_size(self) -> int:
+        return self.model_size() if self._device == self.load_device else 0
+
+    def current_loaded_device(self) -> torch.device:
+        return self._device
+
+    def model_dtype(self) -> torch.dtype | None:
+        return next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), None)
+
+    def is_clone(self, other: Any) -> bool:
+        """Whether both hold the same weights; so does a handle with itself."""
+        return self.model is not None and getattr(other, "model", None) is self.model
+
+    def clone_has_same_weights(self, other: Any) -> bool:
+        return self.is_clone(other)
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def get_ram_usage(self) -> int:
+        return self.model_size() - self.loaded_size()
+
+    def pinned_memory_size(self) -> int:
+        return 0
+
+    def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
+        """(bytes of a mapped file in main memory, all bytes)."""
+        return 0, self.model_size()
+
+    def model_patches_models(self) -> list[Any]:
+        return []
+
+    def model_patches_to(self, where: torch.device | torch.dtype | None) -> None:
+        """There are no patches: LoRAs are on a network only while it runs."""
+
+    # moving it
+
+    def partially_load(self, device: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        """To the load device, all of it; the bytes that were moved."""
+        before = self.loaded_size()
+        self._move(device)
+        return self.loaded_size() - before
+
+    def partially_unload(self, device: torch.device, memory_to_free: float = 0, **_: Any) -> int:
+        """Off the load device, all of it: a network with some of its weights elsewhere could not run."""
+        before = self.loaded_size()
+        self._move(device)
+        return before - self.loaded_size()
+
+    def partially_unload_ram(self, ram_to_unload: float) -> int:
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module | None:
+        if unpatch_all:
+            self._move(self.offload_device)
+        return self.model
+
+    def cleanup(self) -> None:
+        """Nothing is left over between runs."""
+
+    def _tensors(self) -> list[Tensor]:
+        module = self.model
+        if module is None:
+            return []
+        return [tensor for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
+
+    def _move(self, device: torch.device) -> None:
+        """Every weight to ``device``, in the same parameters. Blocks that are streamed have none between two runs."""
+        for tensor in self._tensors():
+            tensor.data = tensor.data.to(device)
+        self._device = device
+
+
+_handles: weakref.WeakKeyDictionary[nn.Module, ModelHandle] = weakref.WeakKeyDictionary()
+"""of the modules that ComfyUI's manager knows of"""
 
 
 def contact_sheet(frames: Tensor, *, num_columns: int = 4) -> Tensor:

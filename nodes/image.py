@@ -155,6 +155,7 @@ class ImageToVideo:
         from ..vidgen_core.generate import image_method, image_mode
         from ..vidgen_core.keyframes import Keyframe, encode_keyframes, picture
         from ..vidgen_core.types import VideoShape
+        from .host import current
 
         picture(image)  # refused before anything is resized
         patch = model.family.patch(model.config)
@@ -164,6 +165,7 @@ class ImageToVideo:
         image_mode(model, mode)
         first = Keyframe(image=picture(fitted(image[:1], shape.width_px, shape.height_px, fit)))
         model.family.keyframes.check(image_method(model, method)(model.config), [first], shape.num_frames)
+        current().need(vae)
         keyframes = encode_keyframes(vae, [first], shape)
         given = GivenImages(keyframes=tuple(keyframes), method=method, mode=mode)
         latent = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))

@@ -57,6 +57,27 @@ STREAMING = {"auto": None, "off": False, "stream blocks": True}
 """choice of ``offload`` -> whether the blocks stay in the file; None decides by the free memory"""
 
 
+def memory_inputs() -> dict[str, Any]:
+    """The widgets of a loader for how and how many of a network's weights are held."""
+    from ..vidgen_core.memory.place import AUTO, CHOICES
+
+    storage = (
+        "How the large weights lie in memory. They are converted on the way in and widened when they are used: float8 "
+        "and int8 take half of bfloat16, nf4 a quarter; float8 matmul also multiplies in float8. auto: as it suits."
+    )
+    budget = (
+        "GB of memory that may be taken on the device: as many blocks as fit stay there, the others are brought as "
+        "they run. 0: no limit."
+    )
+    number = {"default": 0.0, "min": 0.0, "max": 1024.0, "step": 0.1, "round": 0.001, "tooltip": budget}
+    return {"storage": (list(CHOICES), {"default": AUTO, "tooltip": storage}), "budget_gb": ("FLOAT", number)}
+
+
+def budget_bytes(gigabytes: float) -> int | None:
+    """None for 0, which is no limit."""
+    return round(gigabytes * 1e9) if gigabytes else None
+
+
 class LoadModel:
     CATEGORY = f"{CATEGORY}/loaders"
     DESCRIPTION = "Loads a video diffusion network. The file itself says what it is; its name does not matter."
@@ -76,6 +97,7 @@ class LoadModel:
             "optional": {
                 "image_condition": (["auto", "none", "token_replace"], {"default": "auto", "tooltip": told}),
                 "offload": (list(STREAMING), {"default": "auto", "tooltip": room}),
+                **memory_inputs(),
             },
         }
 
@@ -84,23 +106,33 @@ class LoadModel:
         return found("network", model_name)
 
     def load(
-        self, model_name: str, weight_dtype: str, image_condition: str = "auto", offload: str = "auto"
+        self,
+        model_name: str,
+        weight_dtype: str,
+        image_condition: str = "auto",
+        offload: str = "auto",
+        storage: str = "auto",
+        budget_gb: float = 0.0,
     ) -> tuple[Any]:
         from ..vidgen_core.model import load_network
         from ..vidgen_core.weights.header import read_header
         from .host import current
 
-        host, stream = current(), STREAMING[offload]
+        host, stream, budget = current(), STREAMING[offload], budget_bytes(budget_gb)
         path = host.find("network", model_name)
         if not stream:
-            host.make_room(read_header(path).num_bytes)
+            num_bytes = read_header(path).num_bytes
+            host.make_room(num_bytes if budget is None else min(num_bytes, budget))
         model = load_network(
             path,
             dtype=torch_dtype(weight_dtype),
             device=host.device(),
             stream=stream,
             image_condition=image_condition,
+            storage=storage,
+            budget=budget,
         )
+        host.manage(model.network)
         return (model,)
 
 
@@ -128,7 +160,9 @@ class LoadVAE:
 
         host = current()
         path = host.find("codec", vae_name)
-        return (load_codec(path, dtype=torch_dtype(weight_dtype), device=host.device()),)
+        codec = load_codec(path, dtype=torch_dtype(weight_dtype), device=host.device())
+        host.manage(codec)
+        return (codec,)
 
 
 class LoadTextEncoders:
@@ -200,6 +234,7 @@ class LoadTextEncoders:
             tokenizers=TokenizerPlaces(named=named, shared=host.text_folders()),
             stream=None,
         )
+        host.manage(stack)
         return (stack,)
 
 
@@ -226,7 +261,10 @@ class LoadAll:
 
         folders = list(current().model_folders())
         tooltip = "A bundled model, or a folder in models/vidgen that holds the three parts."
-        return {"required": {"model_folder": (folders, {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT}}
+        return {
+            "required": {"model_folder": (folders, {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT},
+            "optional": memory_inputs(),
+        }
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_folder: str) -> bool | str:
@@ -238,11 +276,17 @@ class LoadAll:
             return str(error)
         return True
 
-    def load(self, model_folder: str, weight_dtype: str) -> tuple[Any, Any, Any]:
+    def load(
+        self, model_folder: str, weight_dtype: str, storage: str = "auto", budget_gb: float = 0.0
+    ) -> tuple[Any, Any, Any]:
         from ..vidgen_core.generate import load_bundle
         from .host import current
 
         host = current()
         folder = host.find_model_folder(model_folder)
-        bundle = load_bundle(folder, dtype=torch_dtype(weight_dtype), host=host)
+        bundle = load_bundle(
+            folder, dtype=torch_dtype(weight_dtype), host=host, storage=storage, budget=budget_bytes(budget_gb)
+        )
+        for module in (bundle.model.network, bundle.codec, bundle.text):
+            host.manage(module)
         return bundle.model, bundle.codec, bundle.text

@@ -190,6 +190,7 @@ class Sampler:
 
         check_prompts(positive.prompt)
         host = current()
+        host.need(model.network)
         samples, scale = video_samples(latent), latent_scale(latent, model)
         check_latents(model, samples)
         mask = latent_mask(latent | {"samples": samples}, model)

@@ -70,6 +70,9 @@ class EncodePrompt:
         image_interleave: int = 4,
         image: Any = None,
     ) -> tuple[EncodedPrompt]:
+        from .host import current
+
+        current().need(text_encoders)
         single, custom = template == "image", custom_template if custom_template.strip() else None
         if image is None:
             features = text_encoders.encode([prompt], image_mode=single, custom_template=custom)

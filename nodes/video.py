@@ -84,6 +84,8 @@ class Decode:
         from ..vidgen_core.tiling import Tiling
         from .host import current
 
+        host = current()
+        host.need(vae)
         samples = video_samples(latent) * codec_scale(vae)
         tiling = Tiling(
             tile_px=tile_size,
@@ -91,7 +93,7 @@ class Decode:
             tile_frames=temporal_size,
             stride_frames=temporal_size - temporal_overlap,
         )
-        video = decode_latents(vae, samples, tiling=tiling if tile_size else None, host=current())
+        video = decode_latents(vae, samples, tiling=tiling if tile_size else None, host=host)
         return (video_to_images(video[:, :, hidden_frames(latent) :]),)
 
 
@@ -129,7 +131,9 @@ class EncodeVideo:
 
         from ..vidgen_core.media import crop_to_grid, images_to_video
         from ..vidgen_core.tiling import tiled
+        from .host import current
 
+        current().need(vae)
         if mask is not None:
             images = with_mask(images, mask)
         if fit == "crop":

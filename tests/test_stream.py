@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.families.hunyuan.config import NetworkConfig
 from vidgen.vidgen_core.families.hunyuan.keys import LAYOUTS
 from vidgen.vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
-from vidgen.vidgen_core.memory.stream import BlockStream
+from vidgen.vidgen_core.memory.stream import BlockStream, DeviceFeed, FileFeed, flat_bytes, stream_of
 from vidgen.vidgen_core.model import VideoModel, build_part, load_network, open_part
 from vidgen.vidgen_core.types import Conditioning
 from vidgen.vidgen_core.weights.header import read_header
@@ -151,7 +154,7 @@ def test_the_next_block_is_read_in_another_thread_while_one_runs() -> None:
 
     with torch.device("meta"):
         blocks = [nn.Linear(1, 1, bias=False) for _ in range(3)]
-    stream = BlockStream(blocks, read=read, finish=lambda number, tensors: tensors)
+    stream = BlockStream(blocks, FileFeed(read))
     stream.end_with([])
     x = torch.ones(1, 1)
     for block in blocks:
@@ -228,11 +231,226 @@ def test_a_part_is_built_with_streams_of_choice(
     assert not any(tensor.is_meta for tensor in network.double_blocks.parameters())
 
 
+# --- a budget ---------------------------------------------------------------------------------------------------------
+
+
+def full_blocks(model: VideoModel) -> list[bool]:
+    return [not next(block.parameters()).is_meta for block in blocks_of(model)]
+
+
+def with_budget(path: Path, monkeypatch: pytest.MonkeyPatch, share: float, **options: Any) -> VideoModel:
+    """The network under a budget of this share of its weights, in a process that takes nothing itself."""
+    monkeypatch.setattr("vidgen.vidgen_core.model.memory_in_use", lambda device: 0)
+    monkeypatch.setattr("vidgen.vidgen_core.model.room_for_weights", lambda header, found, device, budget: budget)
+    whole = load_network(path, **options).network.state_dict().values()
+    return load_network(path, stream=None, budget=round(share * sum(t.nbytes for t in whole)), **options)
+
+
+@pytest.fixture(scope="module")
+def deep_weights() -> dict[str, Tensor]:
+    """Of so many blocks that two of them are little beside all."""
+    torch.manual_seed(0)
+    network = HunyuanVideoTransformer(replace(CONFIG, num_single_blocks=16))
+    return {name: torch.randn(tensor.shape).mul(0.1).bfloat16() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("share", [0.75, 0.95, 1.0])
+@pytest.mark.parametrize("storage", ["auto", "bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+def test_under_a_budget_some_blocks_stay_and_the_bits_are_the_same(
+    published: Callable[..., Path],
+    deep_weights: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    storage: str,
+    layout: str,
+) -> None:
+    path = published("safetensors", tmp_path, in_layout(deep_weights, layout))
+    if share == 0.75 and storage in ("int8", "nf4"):  # small beside what making them takes
+        with pytest.raises(SettingsError, match="too small"):
+            with_budget(path, monkeypatch, share, storage=storage)
+        return
+    model = with_budget(path, monkeypatch, share, storage=storage)
+    before = full_blocks(model)
+    assert all(before) if share == 1.0 else 0 < sum(before) < len(before)
+    expected = ask(load_network(path, storage=storage))
+    assert torch.equal(ask(model), expected)
+    assert torch.equal(ask(model), expected)
+    assert full_blocks(model) == before
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_read(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = published("safetensors", tmp_path, weights)
+    with pytest.raises(SettingsError, match="too small.*raise the budget by"):
+        with_budget(path, monkeypatch, 0.1)
+    with pytest.raises(SettingsError, match="too small"):
+        load_network(path, stream=False, budget=1000)
+
+
+def test_the_room_for_weights_leaves_some_for_the_run(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vidgen.vidgen_core.model import room_for_weights
+
+    header, found = open_part(published("safetensors", tmp_path, weights), "network")
+    monkeypatch.setattr("vidgen.vidgen_core.model.memory_in_use", lambda device: 300_000_000)
+    assert room_for_weights(header, found, "cpu", 10**12) < 10**12 - 300_000_000
+    assert room_for_weights(header, found, "cpu", 500_000_000) == 100_000_000  # half of what is left
+
+
+@pytest.mark.parametrize("storage", ["auto", "float8 per row"])
+def test_loras_on_streamed_blocks_give_the_bits_of_resident_ones(
+    published: Callable[..., Path],
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
+) -> None:
+    from safetensors.torch import save_file
+
+    from vidgen.vidgen_core.weights.lora import read_lora
+
+    path = published("safetensors", tmp_path, weights)
+    generator = torch.Generator().manual_seed(3)
+    factors = {}
+    for module in ("double_blocks.1.img_attn_qkv", "single_blocks.0.linear1", "single_blocks.2.linear2"):
+        rows, columns = weights[f"{module}.weight"].shape
+        factors[f"{module}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+        factors[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+    save_file(factors, tmp_path / "lora.safetensors")
+    lora = read_lora(tmp_path / "lora.safetensors")
+    answers = []
+    for model in (load_network(path, storage=storage), with_budget(path, monkeypatch, 0.85, storage=storage)):
+        patched = model.with_lora(lora, mode="runtime")
+        with patched.patched():
+            answers.append(ask(patched))
+        answers.append(ask(model))
+    assert torch.equal(answers[0], answers[2])
+    assert torch.equal(answers[1], answers[3])
+    assert not torch.equal(answers[0], answers[1])
+
+
+def test_a_profile_is_told_of_waiting_and_running(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    model = load_network(published("safetensors", tmp_path, weights), stream=True)
+    stream = stream_of(model.network)
+    assert stream is not None
+    told: list[tuple[str, int, float, float]] = []
+    stream.watch = lambda *span: told.append(span)
+    ask(model)
+    assert [number for what, number, _, _ in told if what == "run"] == list(range(5))
+    assert sorted(number for what, number, _, _ in told if what == "read") == list(range(5))
+    assert all(start <= end for _, _, start, end in told)
+
+
+# --- a device with memory of its own, played by main memory -----------------------------------------------------------
+
+
+def feeding(model: VideoModel, held: int | None) -> tuple[DeviceFeed, list[int]]:
+    """Streams the blocks of a resident model through slots; the numbers of the blocks that were read."""
+    states = [{name: t.detach().clone() for name, t in block.state_dict().items()} for block in blocks_of(model)]
+    read: list[int] = []
+
+    def state(number: int) -> dict[str, Tensor]:
+        read.append(number)
+        return states[number]
+
+    sizes = [flat_bytes(tensor.nbytes for tensor in own.values()) for own in states]
+    feed = DeviceFeed(state, sizes, torch.device("cpu"), held=held)
+    for block in blocks_of(model):
+        block.to("meta")
+    BlockStream(blocks_of(model), feed).end_with([model.network])
+    return feed, read
+
+
+@pytest.mark.parametrize("held", [None, 0, 100_000])
+@pytest.mark.parametrize("kind", ["safetensors", "float8_scaled"])
+def test_one_copy_for_each_block_gives_the_same_bits(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, kind: str, held: int | None
+) -> None:
+    model = load_network(published(kind, tmp_path, weights), dtype=None)
+    expected = ask(model)
+    feed, read = feeding(model, held)
+    at_load = len(read)
+    with torch.inference_mode():  # as a render does it; the thread is in no such mode
+        assert torch.equal(ask(model), expected)
+    assert torch.equal(ask(model), expected)
+    if held is None:
+        assert read == [0, 1, 2, 3, 4]
+    else:
+        assert at_load < 5
+        assert len(read) == at_load + 2 * (5 - at_load)
+    assert_empty(model)
+    assert feed._slots == [None, None]
+
+
+@pytest.mark.parametrize("held", [None, 0])
+def test_slots_are_given_back_when_a_run_fails(
+    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, held: int | None
+) -> None:
+    model = load_network(published("safetensors", tmp_path, weights))
+    expected = ask(model)
+    feed, _ = feeding(model, held)
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    for module in (model.network.single_blocks[1].linear2, model.network.txt_in, model.network.final_layer):
+        hook = module.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            ask(model)
+        hook.remove()
+        assert_empty(model)
+        assert feed._slots == [None, None]
+        assert not feed._coming
+    assert torch.equal(ask(model), expected)
+
+
+def test_a_flat_block_gives_back_its_tensors() -> None:
+    from vidgen.vidgen_core.memory.stream import FlatBlock
+
+    tensors = {
+        "a": torch.randn(3, 5, dtype=torch.float64),
+        "b": torch.randn(7).to(torch.float8_e4m3fn),
+        "c": torch.arange(6).view(2, 3).t(),
+        "d": torch.tensor(2.5),
+    }
+    block = FlatBlock.of(tensors, lambda num_bytes: torch.empty(num_bytes + 9, dtype=torch.uint8))
+    assert len(block.flat) == flat_bytes(tensor.nbytes for tensor in tensors.values()) == 4 * 256
+    for name, view in block.views(block.flat.clone()).items():
+        assert view.dtype == tensors[name].dtype
+        assert torch.equal(view.double(), tensors[name].double())
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("storage", ["auto", "int8", "nf4"])
+@pytest.mark.parametrize("free", [None, 0], ids=["pinned", "from the file"])
 @pytest.mark.parametrize("kind", ["safetensors", "float8_scaled", "gguf"])
 def test_streaming_to_a_gpu(
-    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, kind: str
+    published: Callable[..., Path],
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    kind: str,
+    free: int | None,
+    storage: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = published(kind, tmp_path, weights)
-    streamed, resident = (load_network(path, stream=stream, device="cuda") for stream in (True, False))
-    assert torch.equal(ask(streamed), ask(resident))
+    resident = load_network(path, device="cuda", dtype=torch.bfloat16, storage=storage)
+    if free is not None:
+        monkeypatch.setattr("vidgen.vidgen_core.memory.stream.available_memory", lambda: free)
+    streamed = load_network(path, stream=True, device="cuda", dtype=torch.bfloat16, storage=storage)
+    expected = ask(resident)
+    for _ in range(3):
+        assert torch.equal(ask(streamed), expected)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    ask(streamed)
+    assert torch.cuda.memory_allocated() == before

@@ -12,7 +12,8 @@ import torch
 from .codec import Codec
 from .errors import CheckpointError, FileError
 from .families import TITLES, Found, TextEncoder, identify, identify_parts
-from .memory.host import Host, LocalHost, bundled_models
+from .memory.host import Host, LocalHost, bundled_models, memory_in_use
+from .memory.place import AUTO, check_choice
 from .model import TextFiles, VideoModel, build_part, inspect_header, network_of, text_config_of, text_of
 from .preview import LatentRGB, fit_preview
 from .types import VideoShape
@@ -56,6 +57,8 @@ def load_bundle(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     host: Host | None = None,
+    storage: str = AUTO,
+    budget: int | None = None,
 ) -> Bundle:
     """All three parts of a model, wherever each one is recognised by its content.
 
@@ -64,25 +67,40 @@ def load_bundle(
             bundled model, or the files; None takes the first bundled one.
         dtype: of the weights; None chooses for the device.
         device: None asks the host.
+        storage: how the linear weights of the network's blocks are held, one of ``memory.place.CHOICES``.
+        budget: bytes that this process may take on the device; None: no limit. See ``model.load_network``.
 
     Raises:
         FileError, CheckpointError: a part is missing, is there twice, is damaged, or does not fit the others.
     """
+    check_choice(storage)
     host = host or LocalHost()
     device = torch.device(device) if device is not None else host.device()
     headers, found = find_parts(source)
     for header in {header.path: header for header in headers.values()}.values():
         host.make_room(header.num_bytes)
+    before = memory_in_use(device)
     # First, because it may lack a tokenizer.
-    text = text_of(_text_files(headers, found), dtype=dtype, device=device, stream=None)
+    text = text_of(_text_files(headers, found), dtype=dtype, device=device, stream=None, budget=budget)
     codec_module = build_part(headers["codec"], found["codec"], dtype=dtype, device=device)
     family = found["codec"].family
+    if budget is not None:
+        budget -= max(0, before + _main_bytes(text, codec_module) - memory_in_use(device))
+    model = network_of(
+        headers["network"], found["network"], dtype=dtype, device=device, stream=None, storage=storage, budget=budget
+    )
     return Bundle(
-        model=network_of(headers["network"], found["network"], dtype=dtype, device=device, stream=None),
+        model=model,
         codec=family.codec(codec_module, found["codec"].config),
         text=text,  # type: ignore[arg-type]
         headers=headers,
     )
+
+
+def _main_bytes(*modules: Any) -> int:
+    """What modules take in main memory; weights that are mapped to a file only do when they are used."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
 
 
 def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Found]]:

@@ -17,11 +17,12 @@ from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError, SettingsError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
-from .memory.host import available_memory
+from .memory.host import available_memory, memory_in_use
+from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
-from .types import Conditioning, Defaults, Denoise, Held
+from .types import Conditioning, Defaults, Denoise, Held, VideoShape
 from .weights.config import config_from_json
 from .weights.header import Header, read_header
 from .weights.load import load_module
@@ -29,10 +30,6 @@ from .weights.lora import Lora, read_lora
 from .weights.lora_names import Report, looks_like, match
 
 log = logging.getLogger("vidgen")
-
-AUTO = "auto"
-"""the choice that leaves it to the checkpoint"""
-
 
 @dataclass(slots=True, kw_only=True)
 class VideoModel:
@@ -250,23 +247,45 @@ def build_part(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     stream: Sequence[str] = (),
+    storage: str = AUTO,
+    room: int | None = None,
 ) -> nn.Module:
     """The module of an identified checkpoint with its weights.
 
     Args:
         dtype: None chooses for the device, and lets float8 and packed weights that are large stay as they are.
         stream: paths of module lists whose blocks stay in the file; see ``weights.load.load_module``.
+        storage: how the linear weights of the blocks are held, one of ``memory.place.CHOICES``.
+        room: bytes that the module may take on the device; None: as many as it needs.
+
+    Raises:
+        SettingsError: a storage that does not exist, or too little room.
     """
+    check_choice(storage)
     part, device = found.family.parts[found.part], torch.device(device)
+    held = STORAGES.get(storage)
+    if held is not None and held.scaled == "no" and dtype in (None, held.dtype):
+        dtype, held = held.dtype, None  # plain weights
+    keeps = storage == AS_FILE or (dtype is None and (bool(stream) or not _is_small(header, device)))
+    if dtype is None and storage != AS_FILE:
+        dtype = choose_dtype(header, device, streamed=bool(stream) or held is not None)
     return load_module(
         header,
         lambda: part.build(found.config, header.metadata),
         layout=None if found.layout == "native" else part.layouts[found.layout],
-        dtype=choose_dtype(header, device, streamed=bool(stream)) if dtype is None else dtype,
+        dtype=dtype,
         device=device,
-        keep_quantised=dtype is None and (bool(stream) or not _is_small(header, device)),
+        keep_quantised=keeps,
         stream=stream,
+        storage=held,
+        stored=_blocks_of(found),
+        room=room,
     )
+
+
+def _blocks_of(found: Found) -> tuple[str, ...]:
+    """Paths of the module lists of a part that may be streamed, and whose linear weights may be stored small."""
+    return found.family.blocks if found.part == "network" else found.family.text.blocks.get(found.part, ())
 
 
 def choose_dtype(header: Header, device: torch.device, *, streamed: bool = False) -> torch.dtype | None:
@@ -289,11 +308,41 @@ def _is_small(header: Header, device: torch.device) -> bool:
     return 4 * header.num_parameters <= room
 
 
-def must_stream(header: Header, device: torch.device | str) -> bool:
-    """Whether a checkpoint's weights, as the file has them, do not fit the free memory of the device."""
+def must_stream(
+    header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None
+) -> bool:
+    """Whether a checkpoint's weights, as the file has them or as they are stored, do not fit the device's free memory.
+
+    Args:
+        budget: bytes that this process may take there; None: all that is free.
+    """
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return header.num_bytes > _FILE_SHARE * free
+    if budget is not None:
+        free = min(free, budget - memory_in_use(device))
+    return _num_bytes(header, STORAGES.get(storage)) > _FILE_SHARE * free
+
+
+def _num_bytes(header: Header, storage: Storage | None) -> int:
+    """About what the weights take in memory."""
+    if storage is None:
+        return header.num_bytes
+    matrices = [info for info in header.tensors.values() if len(info.shape) == 2]
+    dense = header.num_bytes - sum(info.num_bytes for info in matrices)
+    return dense + sum(storage.num_bytes(*info.shape) for info in matrices)
+
+
+def room_for_weights(header: Header, found: Found, device: torch.device | str, budget: int) -> int:
+    """Bytes that a network's weights may take where this process may take ``budget`` on the device.
+
+    The rest is what it takes already, and what one forward of the checkpoint's usual size needs; for that at most half
+    of what is left, because a smaller video may be wanted.
+    """
+    device, defaults = torch.device(device), defaults_of(header, found)
+    shape = VideoShape(num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px)
+    wide = 2 if device.type == "cpu" else 1  # float32 there
+    left = budget - memory_in_use(device)
+    return left - min(wide * found.family.activation_bytes(found.config, shape), max(0, left // 2))
 
 
 def load_network(
@@ -303,6 +352,8 @@ def load_network(
     device: torch.device | str = "cpu",
     stream: bool | None = False,
     image_condition: str = AUTO,
+    storage: str = AUTO,
+    budget: int | None = None,
 ) -> VideoModel:
     """The diffusion network of a checkpoint, with the defaults it carries or its family's.
 
@@ -312,10 +363,15 @@ def load_network(
         stream: leave the blocks in the file and read each one when it runs; None does so where they do not fit.
         image_condition: how the network is told an image, for files that do not say so themselves (text-to-video and
             token-replace networks have the same weights): a value of the config's field, or "auto".
+        storage: how the linear weights of the blocks are held, one of ``memory.place.CHOICES``.
+        budget: bytes that this process may take on the device; as many blocks as fit stay there. None: no limit.
+
+    Raises:
+        SettingsError: a choice that does not exist, or a budget that is too small even with every block streamed.
     """
     header, found = open_part(path, "network")
     found = with_image_condition(header, found, image_condition)
-    return network_of(header, found, dtype=dtype, device=device, stream=stream)
+    return network_of(header, found, dtype=dtype, device=device, stream=stream, storage=storage, budget=budget)
 
 
 def with_image_condition(header: Header, found: Found, choice: str) -> Found:
@@ -349,23 +405,29 @@ def network_of(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     stream: bool | None = False,
+    storage: str = AUTO,
+    budget: int | None = None,
 ) -> VideoModel:
     """:func:`load_network` of a checkpoint that is identified already."""
+    check_choice(storage)
     preview = header.metadata.get(PREVIEW_KEY)
     if not found.is_told:
         log.info(
             "%s does not say how an image guides it: taken as image_condition %r. Set it if that is wrong.",
             *(header.path.name, found.config.image_condition),
         )
+    room = None if budget is None else room_for_weights(header, found, device, budget)
     if stream is None:
-        stream = must_stream(header, device)
-        if stream:
+        stream = budget is not None or must_stream(header, device, storage=storage)
+        if stream and budget is None:
             log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
+    elif stream:
+        room = None  # every block, whatever the budget
     blocks = found.family.blocks if stream else ()
     return VideoModel(
         family=found.family,
         config=found.config,
-        network=build_part(header, found, dtype=dtype, device=device, stream=blocks),
+        network=build_part(header, found, dtype=dtype, device=device, stream=blocks, storage=storage, room=room),
         diffusion=found.family.diffusion(found.config),
         defaults=defaults_of(header, found),
         fingerprint=header.digest,
@@ -473,15 +535,16 @@ def text_of(
     device: torch.device | str = "cpu",
     tokenizers: TokenizerPlaces | None = None,
     stream: bool | None = False,
+    budget: int | None = None,
 ) -> nn.Module:
-    """:func:`load_text` of files that are identified already."""
+    """:func:`load_text` of files that are identified already; where ``stream`` is None they must fit ``budget``."""
     config = text_config_of(files)
     family = next(iter(files.values()))[1].family
     headers = {part: header for part, (header, _) in files.items()}
     found = family.text.tokenizers(config, headers, tokenizers or TokenizerPlaces())
     modules = {}
     for part, (header, item) in files.items():
-        streamed = must_stream(header, device) if stream is None else stream
+        streamed = must_stream(header, device, budget=budget) if stream is None else stream
         blocks = family.text.blocks.get(part, ()) if streamed else ()
         modules[part] = build_part(header, item, dtype=dtype, device=device, stream=blocks)
     stack = family.text.join(config, modules, found)

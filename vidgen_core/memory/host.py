@@ -163,6 +163,18 @@ def available_memory() -> int:
     return max(0, free)
 
 
+def memory_in_use(device: torch.device | str) -> int:
+    """Bytes that this process holds: on a GPU what torch has given out there, else resident main memory; 0 where the
+    system does not tell."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/statm")
+    if not status.is_file():
+        return 0
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def available_cores() -> int:
     """CPU cores this process may use (affinity and container limits, where the system tells)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

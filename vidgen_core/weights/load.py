@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..memory.stream import BlockStream
+from ..memory.place import Storage, prepare_storage, resident_blocks, too_small
+from ..memory.stream import BlockStream, DeviceFeed, Feed, FileFeed, flat_bytes
 from .files import MappedFile, PlainFile
 from .layout import Layout
 from .packing import PACKINGS, unpack
 from .quantise import fit, module_of, quantise_linears
 from .records import FLOAT8, Header, Place, packed_name, scale_name
+
+log = logging.getLogger("vidgen")
 
 _PROBE_BYTES = 4096
 """at the start, the middle and the end of a weight, which are looked at for NaN"""
@@ -31,6 +35,9 @@ def load_module(
     device: torch.device | str = "cpu",
     keep_quantised: bool = True,
     stream: Sequence[str] = (),
+    storage: Storage | None = None,
+    stored: Sequence[str] = (),
+    room: int | None = None,
 ) -> nn.Module:
     """Build a module and give it the file's weights; ready for inference (``eval``, no gradients).
 
@@ -42,30 +49,44 @@ def load_module(
         dtype: floating weights are cast to it on the way in; None keeps what the file has.
         keep_quantised: float8 and packed weights of linear layers stay as small as they are, in layers of
             ``weights.quantise`` that widen them on use; else they are widened to ``dtype`` now.
-        stream: paths of module lists whose blocks stay in the file and are read each time they run, in this order.
+        stream: paths of module lists whose blocks are brought each time they run, in this order: from the file, or
+            for a device with memory of its own from pinned main memory, if that has room.
+        storage: how the linear weights below ``stored`` are held, whatever the file has; they are converted one by one
+            on the way in, so the peak is little more than what is stored. None holds them as the file does.
+        stored: paths of modules.
+        room: bytes that the module may take on the device, streaming included. As many blocks of ``stream`` as fit
+            stay there; None streams them all.
 
     Raises:
         CheckpointError: a weight is missing, unknown, of another shape or not finite. The message names it.
+        SettingsError: ``room`` is too small even with every block streamed.
     """
     with torch.device("meta"):
         module = build()
     check_scales(header)
-    stored = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in _stored_places(header).items()}
-    native = stored if layout is None else layout.to_native(stored)
-    if keep_quantised:
+    places = _stored_places(header)
+    in_file = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in places.items()}
+    native = in_file if layout is None else layout.to_native(in_file)
+    if storage is not None:
+        prepare_storage(module, storage, stored, dtype or _dense_dtype(native.values()))
+    elif keep_quantised:
         quantise_linears(module, native, dtype=dtype or torch.bfloat16)
     wanted = module.state_dict()
-    check_names(wanted, fit(native, wanted, dtype), where=str(header.path))
-    check_numbers(header)
+    fitted = fit(native, wanted, dtype, storage)
+    check_names(wanted, fitted, where=str(header.path))
 
-    sources = _Sources(header, layout, wanted, dtype, torch.device(device))
+    sources = _Sources(header, layout, wanted, dtype, torch.device(device), storage)
     blocks = [f"{path}.{name}" for path in stream for name, _ in module.get_submodule(path).named_children()]
+    num_bytes = {name: tensor.nbytes for name, tensor in fitted.items()}
+    if room is not None:
+        blocks = sources.streamed(blocks, num_bytes, room)
+    check_numbers(header)
     state = dict(wanted)
     for group in sources.resident(blocks):
         state.update(sources.state(group, sources.read(group)))
     module.load_state_dict(state, strict=True, assign=True)
     if blocks:
-        sources.stream(module, blocks)
+        sources.stream(module, blocks, num_bytes)
     left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     left = [name for name in left if not name.startswith(tuple(f"{block}." for block in blocks))]
     assert not left, f"{type(module).__name__} keeps {left} out of its state dict: compute them in forward"
@@ -82,8 +103,10 @@ class _Sources:
         wanted: Collection[str],
         dtype: torch.dtype | None,
         device: torch.device,
+        storage: Storage | None,
     ) -> None:
         self.header, self.layout, self.wanted, self.dtype, self.device = header, layout, wanted, dtype, device
+        self.storage = storage
         self.places = _stored_places(header)
         self.mappings: dict[Path, MappedFile] = {}
         self.native = dict(zip(self.places, self.places, strict=True))
@@ -108,36 +131,106 @@ class _Sources:
 
     def _is_cast(self, name: str) -> bool:
         dtype = self.places[name].dtype
+        if self.storage is not None and f"{module_of(self.native[name])}.stored" in self.wanted:
+            return True
         return self.dtype is not None and dtype.is_floating_point and dtype not in (self.dtype, *FLOAT8)
 
-    def state(self, names: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was read -> native names and the dtype, on the device."""
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+    def state(
+        self, names: Collection[str], tensors: Mapping[str, Tensor], device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """What was read -> native names and the dtype, on the device or another one."""
+        tensors = {name: tensor.to(device or self.device) for name, tensor in tensors.items()}
         native = tensors if self.layout is None else self.layout.to_native(tensors)
-        return fit(native, self.wanted, self.dtype)
+        return fit(native, self.wanted, self.dtype, self.storage)
 
-    def stream(self, module: nn.Module, paths: Sequence[str]) -> None:
-        """Hand the blocks at ``paths`` over to a :class:`BlockStream`."""
+    def streamed(self, paths: Sequence[str], num_bytes: Mapping[str, int], room: int) -> list[str]:
+        """The blocks of ``paths`` that find no room beside the others; SettingsError if even that is not enough.
+
+        Args:
+            num_bytes: of each weight as it will be held.
+        """
+        blocks = _sizes(paths, num_bytes)
+        sizes = [sum(own) for own in blocks]
+        outside = sum(num_bytes.values()) - sum(sizes)
+        if outside + sum(sizes) <= room:
+            return []
+        if not paths:
+            raise too_small(outside, room)
+        raw = [sum(self.places[name].num_bytes for name in names) for names in self._names_of(paths)]
+        staging = [self._staging(size, own) for size, own in zip(sizes, raw, strict=True)]
+        kept = resident_blocks(sizes, staging, room - outside)
+        log.info("%d of %d blocks stay in memory, the others are brought as they run.", len(kept), len(paths))
+        return [path for number, path in enumerate(paths) if number not in kept]
+
+    def _staging(self, num_bytes: int, raw: int) -> int:
+        """Bytes on the device while one block of ``num_bytes`` runs that has ``raw`` bytes in the file, and the next
+        one comes."""
+        if self.device.type != "cpu":
+            return 2 * num_bytes
+        # Joining the parts of fused weights, or making stored ones, needs what was read besides what is made of it.
+        parts = 1 if self.layout is None else 2
+        if self.storage is not None:
+            return 2 * num_bytes + parts * raw
+        return num_bytes + (parts + 1) * raw
+
+    def _names_of(self, paths: Sequence[str]) -> list[list[str]]:
+        """Stored names of each block."""
         names: list[list[str]] = [[] for _ in paths]
-        numbers = {path: number for number, path in enumerate(paths)}
-        for name, native in self.native.items():
-            parts = native.split(".")
-            for length in range(1, len(parts)):
-                number = numbers.get(".".join(parts[:length]))
-                if number is not None:
-                    names[number].append(name)
+        for number, name in zip(_numbers(paths, self.native.values()), self.native, strict=True):
+            if number is not None:
+                names[number].append(name)
+        return names
+
+    def stream(self, module: nn.Module, paths: Sequence[str], num_bytes: Mapping[str, int]) -> None:
+        """Hand the blocks at ``paths`` over to a :class:`BlockStream`."""
+        names = self._names_of(paths)
+        main = torch.device("cpu")
 
         def read(number: int) -> dict[str, Tensor]:
             return read_tensors(self.header, names[number], mapped=False)
 
         def finish(number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             start = len(paths[number]) + 1
-            return {name[start:]: tensor for name, tensor in self.state(names[number], tensors).items()}
+            return {name[start:]: tensor for name, tensor in self.state(names[number], tensors, main).items()}
 
-        blocks = BlockStream([module.get_submodule(path) for path in paths], read=read, finish=finish)
+        def whole(number: int) -> dict[str, Tensor]:
+            return finish(number, read(number))
+
+        feed: Feed
+        if self.device.type != "cpu":
+            feed = DeviceFeed(whole, [flat_bytes(sizes) for sizes in _sizes(paths, num_bytes)], self.device)
+        elif self.storage is not None:  # making it takes long: the thread does it while another block runs
+            feed = FileFeed(whole)
+        else:  # what was read is smaller than what it is widened to, which is done when it is needed
+            feed = FileFeed(read, finish)
+        blocks = BlockStream([module.get_submodule(path) for path in paths], feed)
         # "llama.layers.0" is run by "llama": the path without the list and the number.
         runners = dict.fromkeys(".".join(path.split(".")[:-2]) for path in paths)
         blocks.end_with(module.get_submodule(path) for path in runners)
+
+
+def _numbers(paths: Sequence[str], names: Iterable[str]) -> Iterator[int | None]:
+    """For each native name the number of the path that it lies below."""
+    numbers = {path: number for number, path in enumerate(paths)}
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(1, len(parts)))
+        yield next((numbers[prefix] for prefix in prefixes if prefix in numbers), None)
+
+
+def _sizes(paths: Sequence[str], num_bytes: Mapping[str, int]) -> list[list[int]]:
+    """For each block the bytes of its weights."""
+    sizes: list[list[int]] = [[] for _ in paths]
+    for number, size in zip(_numbers(paths, num_bytes), num_bytes.values(), strict=True):
+        if number is not None:
+            sizes[number].append(size)
+    return sizes
+
+
+def _dense_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Of what is computed where nothing was said: the file's, where it has one."""
+    found = {tensor.dtype for tensor in tensors if tensor.ndim > 1 and tensor.is_floating_point()} - FLOAT8
+    return found.pop() if len(found) == 1 else torch.bfloat16
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -11,43 +11,13 @@ import re
 from collections.abc import Collection, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..memory.place import QuantisedLinear, Storage
 from .packing import PACKINGS, unpack
 from .records import FLOAT8, scale_name
 
 _PACKED = re.compile(r"(?:(.+)\.)?packed\.(\w+)")
-
-
-class QuantisedLinear(nn.Module):
-    """What :class:`Float8Linear` and :class:`PackedLinear` share: ``nn.Linear`` with a weight that is widened on use.
-
-    Args:
-        linear: whose place it takes; only its sizes and whether it has a bias count.
-        dtype: of :attr:`weight`, for code that looks at it.
-    """
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, dtype
-        self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias), requires_grad=False)
-
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as numbers: (out_features, in_features) of ``dtype``, made anew at every call."""
-        raise NotImplementedError
-
-    @property
-    def weight(self) -> Tensor:
-        """:meth:`dense_weight` in the layer's dtype; costs as much as using the layer."""
-        return self.dense_weight(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense_weight(x.dtype), bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Float8Linear(QuantisedLinear):
@@ -114,6 +84,22 @@ def quantise_linears(module: nn.Module, stored: Mapping[str, Tensor], *, dtype: 
             module.set_submodule(path, Float8Linear(linear, dtype, tensor.dtype, scaled=scaled))
 
 
+def _stored_anew(
+    stored: Mapping[str, Tensor], wanted: Collection[str], dtype: torch.dtype | None, storage: Storage
+) -> dict[str, Tensor]:
+    """:func:`fit` where layers want ``storage``: what the file has is widened for them, one weight at a time."""
+    rest, state = dict(stored), {}
+    for name in stored:
+        path = module_of(name)
+        if f"{path}.stored" not in wanted or not (_PACKED.fullmatch(name) or name == f"{path}.weight"):
+            continue
+        own = {part: rest.pop(part) for part in (name, scale_name(f"{path}.weight")) if part in rest}
+        is_dense = own[name].is_floating_point() and own[name].dtype not in FLOAT8
+        weight = own[name] if is_dense else fit(own, (), torch.float32)[f"{path}.weight"]
+        state |= {f"{path}.{part}": tensor for part, tensor in storage.encode(weight).items()}
+    return state | fit(rest, wanted, dtype)
+
+
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     for part in path.split("."):
         if part not in dict(module.named_children()):
@@ -122,14 +108,22 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def fit(stored: Mapping[str, Tensor], wanted: Collection[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def fit(
+    stored: Mapping[str, Tensor],
+    wanted: Collection[str],
+    dtype: torch.dtype | None,
+    storage: Storage | None = None,
+) -> dict[str, Tensor]:
     """Stored tensors as entries of a state dict: quantised ones for the layers that take them, dense ones else.
 
     Args:
         stored: native stored names; a weight comes together with its scale.
         wanted: names of the state dict.
         dtype: dense floating weights are cast to it; None keeps what the file has, and widens to bfloat16.
+        storage: of the layers that want their weights stored, whatever the file has.
     """
+    if storage is not None:
+        return _stored_anew(stored, wanted, dtype, storage)
     state: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         match, path = _PACKED.fullmatch(name), module_of(name)
