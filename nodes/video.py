@@ -130,7 +130,8 @@ class EncodeVideo:
         import torch
 
         from ..vidgen_core.media import crop_to_grid, images_to_video
-        from ..vidgen_core.tiling import tiled
+        from ..vidgen_core.memory.plan import planned
+        from ..vidgen_core.tiling import Tiling, tiled
         from .host import current
 
         current().need(vae)
@@ -139,7 +140,9 @@ class EncodeVideo:
         if fit == "crop":
             images = crop_to_grid(images, vae.grid, multiple_px=16)
         with torch.inference_mode():
-            latent = codec_latent(vae, tiled(vae).encode(images_to_video(images)))
+            tiling = planned("encode video", "tiling", Tiling())
+            codec = vae if tiling is None else tiled(vae, tiling)
+            latent = codec_latent(vae, codec.encode(images_to_video(images)))
         if mask is not None:
             latent["noise_mask"] = images[None, None, ..., 3]
         return (latent,)

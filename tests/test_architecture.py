@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "keyframes": BASE | {"codec"},
     "model": BASE | MATHS | PARTS | {"families", "lora", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
+    "planning": BASE | MATHS | PARTS | {"families", "model", "tiling"},
     "generate": BASE | MATHS | PARTS | {"bundle", "families", "keyframes", "model", "preview", "resume", "tiling"},
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),

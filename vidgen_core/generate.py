@@ -26,6 +26,7 @@ from .families import ImageMode, TextEncoder
 from .guidance import cfg, cfg_schedule, hold, keep
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
 from .memory.host import Host, LocalHost, available_cores
+from .memory.plan import planned
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
 from .preview import LatentRGB
@@ -408,7 +409,7 @@ def _guided(model: VideoModel, positive: Conditioning, negative: Conditioning | 
         return denoiser(model, positive)
     assert settings.cfg is not None
     scale = cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
-    if settings.cfg_batched:
+    if settings.cfg_batched and planned("sample", "cfg_batched", True):
         cond, uncond = denoiser_pair(model, positive, negative, both_at=lambda t: bool(scale(t) != 1.0))
     else:
         cond, uncond = denoiser(model, positive), denoiser(model, negative)
@@ -426,12 +427,14 @@ def decode_latents(
     """(B, C, T, H, W) latents -> video (B, 3, T, H, W) float32 in [-1, 1] on the CPU, one sample at a time.
 
     Args:
-        tiling: of videos larger than one tile; None decodes in one pass, whatever memory that takes.
+        tiling: of videos larger than one tile; None decodes in one pass, whatever memory that takes. A plan that is
+            followed (``memory.plan.following``) knows better.
 
     Raises:
         NumericsError: the decoder's output is not finite.
     """
     host = host or LocalHost()
+    tiling = planned("decode", "tiling", tiling)
     videos = []
     module = codec if isinstance(codec, nn.Module) else None
     with torch.inference_mode(), using_threads(threads), watched(module, host):

@@ -17,8 +17,9 @@ from .diffusion import Diffusion, fit, wide
 from .errors import CheckpointError, SettingsError
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, describe, module_names
-from .memory.host import available_memory, memory_in_use
+from .memory.host import memory_in_use
 from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
+from .memory.plan import planned, room_on, small_as_float32, too_large_to_stay
 from .preview import METADATA_KEY as PREVIEW_KEY
 from .preview import LatentRGB
 from .text.tokenizer_files import TokenizerPlaces
@@ -211,14 +212,6 @@ def _join_contexts(conditionings: Sequence[Conditioning]) -> tuple[Tensor | None
     return torch.cat([context for context, _ in padded]), torch.cat([mask for _, mask in padded])
 
 
-_CPU_SHARE = 0.5
-"""of the free memory that weights may take as float32; the rest is for activations and the other parts"""
-_FILE_SHARE = 0.8
-"""share of the free memory that a file's weights may take"""
-_SMALL_BYTES = 2**30
-"""weights that a GPU does not notice as float32"""
-
-
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +297,7 @@ def choose_dtype(header: Header, device: torch.device, *, streamed: bool = False
 
 def _is_small(header: Header, device: torch.device) -> bool:
     """All of it as float32 costs little."""
-    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
-    return 4 * header.num_parameters <= room
+    return small_as_float32(header.num_parameters, device)
 
 
 def must_stream(
@@ -316,11 +308,7 @@ def must_stream(
     Args:
         budget: bytes that this process may take there; None: all that is free.
     """
-    device = torch.device(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if budget is not None:
-        free = min(free, budget - memory_in_use(device))
-    return _num_bytes(header, STORAGES.get(storage)) > _FILE_SHARE * free
+    return too_large_to_stay(_num_bytes(header, STORAGES.get(storage)), room_on(torch.device(device), budget))
 
 
 def _num_bytes(header: Header, storage: Storage | None) -> int:
@@ -417,7 +405,9 @@ def network_of(
             *(header.path.name, found.config.image_condition),
         )
     room = None if budget is None else room_for_weights(header, found, device, budget)
-    if stream is None:
+    if stream is None and planned("sample", "stream") is not None:
+        stream, room = planned("sample", "stream"), planned("sample", "room")
+    elif stream is None:
         stream = budget is not None or must_stream(header, device, storage=storage)
         if stream and budget is None:
             log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
@@ -543,6 +533,7 @@ def text_of(
     headers = {part: header for part, (header, _) in files.items()}
     found = family.text.tokenizers(config, headers, tokenizers or TokenizerPlaces())
     modules = {}
+    stream = planned("encode prompt", "stream") if stream is None else stream
     for part, (header, item) in files.items():
         streamed = must_stream(header, device, budget=budget) if stream is None else stream
         blocks = family.text.blocks.get(part, ()) if streamed else ()

@@ -86,6 +86,8 @@ class TextAssembly:
     """text config -> width of the states per token and of the pooled vector"""
     stranger: Callable[[Shapes], str | None]
     """what a file is that holds no encoder of this family, if that can be told"""
+    activation: Callable[[Config, int], tuple[int, float]]
+    """(text config, tokens of the prompt) -> (bytes besides weights, operations) of encoding it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,8 @@ class Cost:
     peak: int
     """bytes at the worst moment, its inputs counted and weights not"""
     work: Work = Work()
+    weights: int = 0
+    """bytes of the weights that it reads"""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -74,6 +76,8 @@ class LiveBytes(TorchDispatchMode):
         self.num_ops = 0
         self._weights = tuple(known)  # a storage that is gone would give its key to another one
         self._sizes: dict[int, int] = {_key(tensor): 0 for tensor in self._weights}
+        self._unread = {_key(tensor): tensor.untyped_storage().nbytes() for tensor in self._weights}
+        self.weights = 0
         self._untouched: dict[int, int] = {}
         self._kernels: set[Any] = set()
 
@@ -82,6 +86,8 @@ class LiveBytes(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in given:
             self.hold(tensor)  # made outside, and kept there
+            if _key(tensor) in self._unread:
+                self.weights += self._unread.pop(_key(tensor))
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         fresh = [tensor for tensor in made if _key(tensor) not in self._sizes]
@@ -281,4 +287,4 @@ def cost_of(run: Callable[..., Any], *inputs: Any, modules: Sequence[nn.Module] 
             if isinstance(leaf, Tensor):
                 meter.hold(leaf)
         run(*inputs)
-    return Cost(meter.peak, meter.work)
+    return Cost(meter.peak, meter.work, meter.weights)
