@@ -148,6 +148,7 @@ def render(
     device: str | None = None,
     folders: Sequence[Path] = (),
     quiet: bool = False,
+    plan: Any = None,
 ) -> list[Path]:
     """Run ``prompt``; the videos it saved.
 
@@ -156,6 +157,7 @@ def render(
         stop: listening already; asked between nodes and, through the host, within them.
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
+        plan: a ``memory.plan.Plan`` to keep to; None decides as it goes.
 
     Raises:
         UserError, Cancelled, executor.NodeError.
@@ -163,6 +165,7 @@ def render(
     stop.check()
     from ..nodes import host as hosts
     from ..vidgen_core.media import check_writable
+    from ..vidgen_core.memory.plan import following, return_freed_memory
 
     host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event)
     if output is None or output.is_dir():
@@ -179,7 +182,9 @@ def render(
             stop.check()
 
     try:
-        with hosts.using(host):
+        with hosts.using(host), following(plan):
+            if plan is not None:
+                return_freed_memory()
             check(prompt, classes)  # before drawing it, which needs known nodes
             workflow = {"workflow": to_ui(prompt, classes)}
             execute(prompt, classes, extra_pnginfo=workflow, on_event=between_nodes)

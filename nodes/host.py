@@ -517,7 +517,9 @@ class ModelHandle:
 
     parent = None
 
-    def __init__(self, module: nn.Module, load_device: torch.device, offload_device: torch.device | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, load_device: torch.device, offload_device: torch.device | None = None
+    ) -> None:
         self._module = weakref.ref(module)
         self.load_device = load_device
         self.offload_device = offload_device or torch.device("cpu")

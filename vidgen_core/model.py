@@ -32,6 +32,7 @@ from .weights.lora_names import Report, looks_like, match
 
 log = logging.getLogger("vidgen")
 
+
 @dataclass(slots=True, kw_only=True)
 class VideoModel:
     """The diffusion network of a family, its noise process, and what a user gets who says nothing."""
@@ -300,9 +301,7 @@ def _is_small(header: Header, device: torch.device) -> bool:
     return small_as_float32(header.num_parameters, device)
 
 
-def must_stream(
-    header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None
-) -> bool:
+def must_stream(header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None) -> bool:
     """Whether a checkpoint's weights, as the file has them or as they are stored, do not fit the device's free memory.
 
     Args:

@@ -1,7 +1,7 @@
 """What a video will take before anything is loaded: headers, a size and a budget in, a plan out.
 
-The network and the VAE are built on the meta device and run there, so that the figures follow the code. Which ways there
-are is said here; :mod:`~vidgen_core.memory.plan` compares them.
+The network and the VAE are built on the meta device and run there, so that the figures follow the code. Which ways
+there are is said here; :mod:`~vidgen_core.memory.plan` compares them.
 """
 
 from __future__ import annotations
@@ -189,7 +189,12 @@ class _Remembering:
         grid = self.grid
         if what == "decode":
             return (len(x), 3, grid.num_frames(x.shape[2]), *(size * grid.spatial for size in x.shape[3:]))
-        return (len(x), 2 * grid.channels, grid.num_latent_frames(x.shape[2]), *(n // grid.spatial for n in x.shape[3:]))
+        return (
+            len(x),
+            2 * grid.channels,
+            grid.num_latent_frames(x.shape[2]),
+            *(n // grid.spatial for n in x.shape[3:]),
+        )
 
     def watch(self, run: Callable[[_Remembering], None], tile: Sequence[int] | None) -> Cost:
         """The cost of what ``run`` does with this codec, for which ``tile`` is the largest tensor."""
@@ -335,7 +340,7 @@ class Planner:
             "steps": wish.num_steps,
             "device": str(self.device),
         }
-        return choose(self._stages(wish), budget, self.rates, baseline_bytes=self.baseline_bytes, subject=subject)
+        return choose(self.stages(wish), budget, self.rates, baseline_bytes=self.baseline_bytes, subject=subject)
 
     def check(self, wish: Wish, budget_bytes: int | None = None) -> Plan:
         """:meth:`plan`; SettingsError with the nearest sizes that fit where there is no way."""
@@ -349,7 +354,7 @@ class Planner:
         """The longest video of this size that fits, and the largest of this length."""
 
         def fits(shape: VideoShape) -> bool:
-            return least(self._stages(replace(wish, shape=shape)), self.baseline_bytes) <= budget_bytes
+            return least(self.stages(replace(wish, shape=shape)), self.baseline_bytes) <= budget_bytes
 
         patch = self.family.patch(self.found["network"].config) if "network" in self.found else (1, 1, 1)
         return nearest_sizes(wish.shape, self.grid, patch, fits)
@@ -358,7 +363,8 @@ class Planner:
     def grid(self) -> Grid:
         return self.family.grid(self.found["codec"].config)
 
-    def _stages(self, wish: Wish) -> list[StageWays]:
+    def stages(self, wish: Wish) -> list[StageWays]:
+        """The stages of a render and the ways each can go, the fastest first."""
         parts = [part for part in self.found if part in self.family.text.parts]
         stages = []
         if parts:
@@ -521,8 +527,9 @@ class Planner:
                     why="exact, and the fastest"
                     if tiling is None
                     else "the largest tiles that fit; where they meet they are blended",
-                    passing=lambda tiling=tiling: cost(tiling).peak
-                    + (cost(tiling).weights if weights.is_mapped else 0),
+                    passing=lambda tiling=tiling: (
+                        cost(tiling).peak + (cost(tiling).weights if weights.is_mapped else 0)
+                    ),
                     work=lambda tiling=tiling: cost(tiling).work,
                     loaded=weights.num_bytes if first and not weights.is_mapped else 0,
                     settings={"tiling": tiling},

@@ -320,7 +320,11 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Rates:
         rates = Rates(
             linear=2 * 1024 * 512 * 1536 * _per_second(lambda: x @ weight.T, device, seconds),
             attention=4 * 8 * 1024**2 * 64 * _per_second(lambda: attend(q, q, q), device, seconds),
-            convolution=2 * 27 * 32**2 * 4 * 64**2
+            convolution=2
+            * 27
+            * 32**2
+            * 4
+            * 64**2
             * _per_second(lambda: torch.nn.functional.conv3d(video, kernel), device, seconds),
             moved=2 * large.nbytes * _per_second(lambda: large + 1.0, device, seconds),
             per_op=1 / _per_second(lambda: small + 1.0, device, seconds),
@@ -351,7 +355,7 @@ def _per_second(run: Callable[[], Any], device: torch.device, seconds: float) ->
     return times / (time.perf_counter() - start)
 
 
-# --- the one place that decides ----------------------------------------------------------------------------------------
+# --- the one place that decides ---------------------------------------------------------------------------------------
 
 _plan: ContextVar[Plan | None] = ContextVar("vidgen_plan", default=None)
 

@@ -125,9 +125,7 @@ class FileFeed:
             gives that.
     """
 
-    def __init__(
-        self, read: Callable[[int], Tensors], finish: Callable[[int, Tensors], Tensors] | None = None
-    ) -> None:
+    def __init__(self, read: Callable[[int], Tensors], finish: Callable[[int, Tensors], Tensors] | None = None) -> None:
         self.watch: Watch | None = None
         self._read, self._finish = read, finish
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="vidgen-blocks")
