@@ -66,11 +66,11 @@ def cases() -> Iterator[Case]:
     both = ("float32", "bfloat16")
     for dtype in both:
         for model, frames, height, width in (
-            ("small", 33, 192, 192),
-            ("small", 49, 160, 256),
-            ("wide", 9, 128, 192),
-            ("wide", 17, 128, 128),
-            ("large", 5, 128, 128),
+            ("small", 65, 256, 256),
+            ("wide", 33, 240, 240),
+            ("wide", 17, 320, 352),
+            ("large", 9, 128, 192),
+            ("large", 1, 256, 256),
         ):
             for guidance in ("off", "batched", "in turn"):
                 if (model, dtype, guidance) != ("small", "bfloat16", "off"):  # below 100 MB
@@ -83,8 +83,8 @@ def cases() -> Iterator[Case]:
                         dtype=dtype,
                         guidance=guidance,
                     )
-    yield Case(stage="sample", model="wide", frames=9, height=128, width=192, videos=3)
-    yield Case(stage="sample", model="bundled", frames=33, height=128, width=128, guidance="batched")
+    yield Case(stage="sample", model="wide", frames=17, height=320, width=320, videos=3)
+    yield Case(stage="sample", model="bundled", frames=33, height=160, width=160, guidance="batched")
     for dtype in both:
         for model, frames, height, width in (
             ("small", 9, 192, 192),
