@@ -116,10 +116,10 @@ class Plan:
         """For people: one line for each stage."""
         for stage in self.stages:
             cost = f"{_size(stage.peak_bytes)}, {_duration(stage.seconds)}"
-            yield f"{stage.name:<14}{cost:<22}{stage.way}: {stage.why}"
+            yield f"{stage.name:<16}{cost:<22}{stage.way}: {stage.why}"
         within = "within" if self.fits else "more than"
         total = f"at most {_size(self.peak_bytes)}, {within} the {_size(self.budget_bytes)} that it may take"
-        yield f"{'in all':<14}{total}; about {_duration(self.seconds)}"
+        yield f"{'in all':<16}{total}; about {_duration(self.seconds)}"
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
