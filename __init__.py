@@ -15,7 +15,7 @@ if __package__:
     from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler, Sigmas
     from .nodes.text import EncodePrompt
-    from .nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
+    from .nodes.video import Decode, DecodeSave, EncodeVideo, LoadVideo, SaveVideo
 
     NODE_CLASS_MAPPINGS = {
         "VidGenLoadModel": LoadModel,
@@ -38,6 +38,7 @@ if __package__:
         "VidGenPadVideo": PadVideo,
         "VidGenSigmas": Sigmas,
         "VidGenFromConditioning": FromConditioning,
+        "VidGenDecodeSave": DecodeSave,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -61,6 +62,7 @@ if __package__:
         "VidGenPadVideo": "Pad Video (VidGen)",
         "VidGenSigmas": "Sigmas (VidGen)",
         "VidGenFromConditioning": "From Conditioning (VidGen)",
+        "VidGenDecodeSave": "Decode and Save Video (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

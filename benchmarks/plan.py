@@ -390,6 +390,20 @@ def row_of(bench: Bench, case: Case) -> dict[str, Any]:
     }
 
 
+def predict_again(bench: Bench, file: Path) -> None:
+    """Give the rows of a result file the figures that the plan gives now; what was run with a budget stays."""
+    report = json.loads(file.read_text("utf-8"))
+    for row in report["rows"]:
+        values = row["case"] | {"tiles": None if row["case"]["tiles"] is None else tuple(row["case"]["tiles"])}
+        if row["budget"] is None:
+            plan = bench.predict(Case(**values))
+            row |= {"predicted": plan.peak_bytes, "ratio": round(plan.peak_bytes / row["measured"], 4)}
+        print(line(row), flush=True)
+    report["summary"] = summarise(report["rows"])
+    print(json.dumps(report["summary"], indent=1))
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares and worst cases; refused sizes were run the smallest way, without the refusal."""
     ratios = sorted(row["ratio"] for row in rows)
@@ -419,6 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every combination")
     parser.add_argument("--only", default="", help="combinations whose name begins with one of these: decode,encode")
+    parser.add_argument("--predict", action="store_true", help="only predict again what FILE has, but for budgets")
     parser.add_argument("--missing", action="store_true", help="keep what is in FILE, and measure the others")
     arguments = parser.parse_args(argv)
 
@@ -437,6 +452,9 @@ def main(argv: list[str] | None = None) -> None:
     report |= {"torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench({"bundled": None, **write_models(Path(folder))})
+        if arguments.predict:
+            predict_again(bench, arguments.json)
+            return
         print(f"{'':<58}{'plan':>8}{'real':>8}{'ratio':>8}   MiB")
         for case in cases():
             if case.name in done or not case.name.startswith(tuple(arguments.only.split(","))):

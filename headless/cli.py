@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..vidgen_core.errors import Cancelled, SettingsError, UserError
+from ..vidgen_core.errors import Cancelled, FileError, SettingsError, UserError
 from .stop import Stop
 
 EXIT_ERROR = 1
@@ -104,6 +104,17 @@ def _add_generate(commands: Any) -> None:
     )
     _add_budget(parser)
     parser.add_argument("--crf", type=int, help="quality of the file: 0 is lossless, 17 (default) looks it")
+    parser.add_argument(
+        "--decode",
+        choices=("tiles", "exact", "exact_disk"),
+        default="tiles",
+        help="tiles fade into each other (default); exact gives what one piece gives within --decode-memory; "
+        "exact_disk puts what does not fit into a temporary file",
+    )
+    parser.add_argument("--decode-memory", type=float, metavar="GB", help="for exact; half of what is free by default")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for the temporary file; beside the output by default"
+    )
     _add_common(parser)
     parser.set_defaults(command=_generate)
 
@@ -201,6 +212,7 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
             folders=model_folders(arguments.models),
             quiet=arguments.quiet,
             plan=plan,
+            scratch=getattr(arguments, "scratch", None),
         )
     except Stopped as stopped:
         advice = _going_on(stopped.kept) or "nothing was begun that could be kept"
@@ -325,7 +337,22 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
         if class_type == "VidGenEncodePrompt" and shape.num_frames == 1:
             node["inputs"]["template"] = "image"
     _add_loras(prompt, node_of(prompt, "VidGenSampler"), arguments.lora)
+    if arguments.decode != "tiles":
+        _decode_into_file(prompt, arguments.decode, arguments.decode_memory or 0.0)
     return prompt
+
+
+def _decode_into_file(prompt: dict[str, Any], method: str, memory_gb: float) -> None:
+    """One node in the place of Decode and Save Video: frames go to the file as they are finished."""
+    from .render import node_of
+
+    decode = prompt.pop(node_of(prompt, "VidGenDecode"))
+    save = prompt[node_of(prompt, "VidGenSaveVideo")]
+    save["class_type"] = "VidGenDecodeSave"
+    save["_meta"] = {"title": "Decode and Save Video"}
+    del save["inputs"]["images"]
+    save["inputs"] |= {"vae": decode["inputs"]["vae"], "latent": decode["inputs"]["latent"]}
+    save["inputs"] |= {"method": method, "memory_gb": memory_gb}
 
 
 def _add_loras(prompt: dict[str, Any], sampler: str, loras: Sequence[str]) -> None:
@@ -437,6 +464,7 @@ def _preflight(arguments: argparse.Namespace, model: str) -> tuple[Any, float | 
         check_lora(host.find("lora", name), network)
     assert settings.negative_prompt is not None
     _check_inputs(arguments, host, family, network.config, shape)
+    _check_decoding(arguments, family, found["codec"].config, shape)
     # A video that is changed keeps its own frame rate: the workflow links it.
     own_fps = None if arguments.video is not None else float(defaults.fps)
     return shape, own_fps if arguments.fps is None else arguments.fps, settings.negative_prompt
@@ -454,6 +482,27 @@ def _check_inputs(arguments: argparse.Namespace, host: Any, family: Any, config:
     family.keyframes.check(config, keyframes, shape.num_frames)
     if arguments.video is not None:
         host.find_input(arguments.video)
+
+
+def _check_decoding(arguments: argparse.Namespace, family: Any, config: Any, shape: Any) -> None:
+    """Raise UserError for a folder that is none, or for memory in which this size cannot be decoded in any dtype."""
+    if arguments.scratch is not None and not arguments.scratch.is_dir():
+        raise FileError("The folder for temporary files does not exist", given=arguments.scratch, do="create it")
+    if arguments.decode_memory is None:
+        return
+    if arguments.decode == "tiles":
+        raise SettingsError(
+            "Tiles have no bound of memory", given=f"--decode-memory {arguments.decode_memory}", do="add --decode exact"
+        )
+    import torch
+
+    from ..vidgen_core.bounded import exact, plan
+
+    with torch.device("meta"):
+        codec = family.codec(family.parts["codec"].build(config, {}).to(torch.bfloat16), config)
+    budget = int(arguments.decode_memory * 1e9)
+    spills = arguments.decode == "exact_disk"
+    plan(exact(codec, budget).codec, "decode", shape, budget, spills=spills, in_time_order=True)
 
 
 def parse_size(text: str) -> tuple[int, int]:

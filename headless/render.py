@@ -149,6 +149,7 @@ def render(
     folders: Sequence[Path] = (),
     quiet: bool = False,
     plan: Any = None,
+    scratch: Path | None = None,
 ) -> list[Path]:
     """Run ``prompt``; the videos it saved.
 
@@ -158,6 +159,7 @@ def render(
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
         plan: a ``memory.plan.Plan`` to keep to; None decides as it goes.
+        scratch: where large temporary files lie; None is beside the output.
 
     Raises:
         UserError, Cancelled, executor.NodeError.
@@ -167,7 +169,7 @@ def render(
     from ..vidgen_core.media import check_writable
     from ..vidgen_core.memory.plan import following, return_freed_memory
 
-    host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event)
+    host = hosts.LocalNodeHost(run_on=check_device(device), folders=folders, cancelled=stop.event, scratch=scratch)
     if output is None or output.is_dir():
         host.output_folder = output or host.output_folder
     else:

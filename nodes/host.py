@@ -80,6 +80,10 @@ class NodeHost(Host, Protocol):
         """As :meth:`output_path`, for encoded prompts."""
         ...
 
+    def scratch_folder(self) -> Path:
+        """Where large temporary files may lie."""
+        ...
+
     def keeps_metadata(self) -> bool:
         """Whether the workflow goes into the files."""
         ...
@@ -254,6 +258,8 @@ class LocalNodeHost(LocalHost):
     """the first video saved goes here; more of them get ``_2``, ``_3``, ... before the ending"""
     run_id: str | None = None
     """keep an interrupted run beside its output under this name, to be taken up by the next with the same one"""
+    scratch: Path | None = None
+    """where large temporary files lie; None: beside the output, because /tmp is often memory"""
     saved: list[Path] = field(default_factory=list)
     """the videos that were saved, in order"""
 
@@ -317,6 +323,11 @@ class LocalNodeHost(LocalHost):
 
     def _output_root(self) -> Path:
         return self.output_folder if self.output_file is None else self.output_file.parent
+
+    def scratch_folder(self) -> Path:
+        folder = self.scratch or self._output_root()
+        make_folder(folder)
+        return folder
 
     def keeps_metadata(self) -> bool:
         return True
@@ -483,6 +494,13 @@ class ComfyHost:
 
     def embeddings_path(self, prefix: str) -> tuple[Path, str]:
         return self.output_path(prefix, ".safetensors")
+
+    def scratch_folder(self) -> Path:
+        import folder_paths
+
+        folder = Path(folder_paths.get_temp_directory())
+        make_folder(folder)
+        return folder
 
     def keeps_metadata(self) -> bool:
         from comfy.cli_args import args

@@ -13,7 +13,31 @@ from .wires import CATEGORY, VAE, Latent, codec_latent, codec_scale, hidden_fram
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..vidgen_core.bounded import Bound
+
 FORMATS = ["mp4", "webm", "gif", "webp"]
+METHODS = ["tiles", "exact", "exact_disk"]
+METHOD = {
+    "default": "tiles",
+    "tooltip": "tiles fade into each other; exact gives what one piece gives, in as much memory as you allow; with "
+    "disk, what does not fit goes to a temporary file.",
+}
+MEMORY = {
+    "default": 0.0,
+    "min": 0.0,
+    "max": 1024.0,
+    "step": 0.1,
+    "tooltip": "GB that exact may take; less takes longer. 0: half of what is free.",
+}
+
+
+def coding_bound(method: str, memory_gb: float) -> Bound:
+    """What the widgets of an exact method say."""
+    from ..vidgen_core.bounded import Bound
+    from .host import current
+
+    spill = current().scratch_folder() if method == "exact_disk" else None
+    return Bound(budget_bytes=int(memory_gb * 1e9) or None, spill=spill)
 
 
 class Decode:
@@ -67,6 +91,8 @@ class Decode:
                     "INT",
                     {"default": 16, "min": 0, "max": 512, "step": 4, "tooltip": "Frames that fade into each other."},
                 ),
+                "method": (METHODS, METHOD),
+                "memory_gb": ("FLOAT", MEMORY),
             },
         }
 
@@ -78,6 +104,8 @@ class Decode:
         overlap: int = 64,
         temporal_size: int = 64,
         temporal_overlap: int = 16,
+        method: str = "tiles",
+        memory_gb: float = 0.0,
     ) -> tuple[Tensor]:
         from ..vidgen_core.generate import decode_latents
         from ..vidgen_core.media import video_to_images
@@ -87,13 +115,14 @@ class Decode:
         host = current()
         host.need(vae)
         samples = video_samples(latent) * codec_scale(vae)
-        tiling = Tiling(
+        tiles = Tiling(
             tile_px=tile_size,
             stride_px=tile_size - overlap,
             tile_frames=temporal_size,
             stride_frames=temporal_size - temporal_overlap,
         )
-        video = decode_latents(vae, samples, tiling=tiling if tile_size else None, host=host)
+        tiling = (tiles if tile_size else None) if method == "tiles" else coding_bound(method, memory_gb)
+        video = decode_latents(vae, samples, tiling=tiling, host=host)
         return (video_to_images(video[:, :, hidden_frames(latent) :]),)
 
 
@@ -123,15 +152,23 @@ class EncodeVideo:
                     "MASK",
                     {"tooltip": "White is made new by the sampler, black stays; one for all frames, or one for each."},
                 ),
+                "method": (METHODS, METHOD),
+                "memory_gb": ("FLOAT", MEMORY),
             },
         }
 
-    def encode(self, vae: Any, images: Tensor, fit: str, mask: Tensor | None = None) -> tuple[Latent]:
-        import torch
-
+    def encode(
+        self,
+        vae: Any,
+        images: Tensor,
+        fit: str,
+        mask: Tensor | None = None,
+        method: str = "tiles",
+        memory_gb: float = 0.0,
+    ) -> tuple[Latent]:
+        from ..vidgen_core.generate import TILES, encode_video
         from ..vidgen_core.media import crop_to_grid, images_to_video
         from ..vidgen_core.memory.plan import planned
-        from ..vidgen_core.tiling import Tiling, tiled
         from .host import current
 
         current().need(vae)
@@ -139,10 +176,9 @@ class EncodeVideo:
             images = with_mask(images, mask)
         if fit == "crop":
             images = crop_to_grid(images, vae.grid, multiple_px=16)
-        with torch.inference_mode():
-            tiling = planned("encode video", "tiling", Tiling())
-            codec = vae if tiling is None else tiled(vae, tiling)
-            latent = codec_latent(vae, codec.encode(images_to_video(images)))
+        tiling = TILES if method == "tiles" else coding_bound(method, memory_gb)
+        tiling = planned("encode video", "tiling", tiling)
+        latent = codec_latent(vae, encode_video(vae, images_to_video(images), tiling=tiling, host=current()))
         if mask is not None:
             latent["noise_mask"] = images[None, None, ..., 3]
         return (latent,)
@@ -177,18 +213,8 @@ class SaveVideo:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        fps = {"default": 8.0, "min": 0.1, "max": 240.0, "step": 0.1, "round": 0.001, "tooltip": "Frames per second."}
-        prefix = "Begin of the file name; a slash makes a folder. A number is added."
-        formats = "mp4 plays everywhere; mp4 and webm carry the workflow, gif and webp do not."
-        crf = "Quality of mp4 and webm: 0 is lossless, 17 looks it, 51 is worst."
         return {
-            "required": {
-                "images": ("IMAGE", {"tooltip": "The frames."}),
-                "fps": ("FLOAT", fps),
-                "filename_prefix": ("STRING", {"default": "video/VidGen", "tooltip": prefix}),
-                "format": (FORMATS, {"default": "mp4", "tooltip": formats}),
-                "crf": ("INT", {"default": 17, "min": 0, "max": 51, "tooltip": crf}),
-            },
+            "required": {"images": ("IMAGE", {"tooltip": "The frames."}), **file_widgets()},
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
 
@@ -202,16 +228,92 @@ class SaveVideo:
         prompt: Any = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        from ..vidgen_core.media import images_to_frames, write_video
+        from ..vidgen_core.media import images_to_frames
         from .host import current
 
-        host = current()
-        path, subfolder = host.output_path(filename_prefix, f".{format}")
-        tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
-        metadata = {key: json.dumps(value) for key, value in tags.items()} if host.keeps_metadata() else {}
-        write_video(path, watched(images_to_frames(images), len(images), host), fps=fps, metadata=metadata, crf=crf)
-        shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
-        return {"ui": {"images": [shown], "animated": (True,)}}
+        frames = watched(images_to_frames(images), len(images), current())
+        return saved(frames, fps, filename_prefix, format, crf, prompt, extra_pnginfo)
+
+
+class DecodeSave:
+    CATEGORY = f"{CATEGORY}/video"
+    DESCRIPTION = "Decodes exactly and saves each frame as it is finished: a long video need not fit into memory."
+    SEARCH_ALIASES = ["vae decode", "save video", "long video", "low memory"]
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "vae": (VAE, {"tooltip": "The VAE of the model that made the latents."}),
+                "latent": ("LATENT", {"tooltip": "Finished latents."}),
+                **file_widgets(),
+                "method": (METHODS[1:], METHOD | {"default": "exact_disk"}),
+                "memory_gb": ("FLOAT", MEMORY),
+            },
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    def save(
+        self,
+        vae: Any,
+        latent: Latent,
+        fps: float,
+        filename_prefix: str,
+        format: str,  # noqa: A002  the widget's name
+        crf: int,
+        method: str,
+        memory_gb: float,
+        prompt: Any = None,
+        extra_pnginfo: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        from ..vidgen_core.generate import decode_frames
+        from ..vidgen_core.media import images_to_frames, video_to_images
+        from .host import current
+
+        samples, bound = video_samples(latent) * codec_scale(vae), coding_bound(method, memory_gb)
+        made = decode_frames(vae, samples, bound=bound, host=current(), hidden_frames=hidden_frames(latent))
+        # One frame is a video of length 1.
+        frames = (frame for one in made for frame in images_to_frames(video_to_images(one[None, :, None])))
+        return saved(frames, fps, filename_prefix, format, crf, prompt, extra_pnginfo)
+
+
+def file_widgets() -> dict[str, Any]:
+    """How a video is written."""
+    fps = {"default": 8.0, "min": 0.1, "max": 240.0, "step": 0.1, "round": 0.001, "tooltip": "Frames per second."}
+    prefix = "Begin of the file name; a slash makes a folder. A number is added."
+    formats = "mp4 plays everywhere; mp4 and webm carry the workflow, gif and webp do not."
+    crf = "Quality of mp4 and webm: 0 is lossless, 17 looks it, 51 is worst."
+    return {
+        "fps": ("FLOAT", fps),
+        "filename_prefix": ("STRING", {"default": "video/VidGen", "tooltip": prefix}),
+        "format": (FORMATS, {"default": "mp4", "tooltip": formats}),
+        "crf": ("INT", {"default": 17, "min": 0, "max": 51, "tooltip": crf}),
+    }
+
+
+def saved(
+    frames: Any,
+    fps: float,
+    filename_prefix: str,
+    ending: str,
+    crf: int,
+    prompt: Any,
+    extra_pnginfo: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write the frames to a new file of the output folder; what ComfyUI shows of it."""
+    from ..vidgen_core.media import write_video
+    from .host import current
+
+    host = current()
+    path, subfolder = host.output_path(filename_prefix, f".{ending}")
+    tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
+    metadata = {key: json.dumps(value) for key, value in tags.items()} if host.keeps_metadata() else {}
+    write_video(path, frames, fps=fps, metadata=metadata, crf=crf)
+    shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
+    return {"ui": {"images": [shown], "animated": (True,)}}
 
 
 def watched(frames: Any, total: int, host: Any) -> Any:

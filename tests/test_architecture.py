@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "nn": BASE,
     "text": BASE | {"weights"},
     "tiling": BASE | {"codec"},
+    "bounded": BASE | {"codec", "memory", "nn"},
     "preview": BASE | {"codec"},
     "embeddings": BASE | PARTS | {"families", "text"},
     "resume": BASE | {"sampling"},
@@ -46,8 +47,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "keyframes": BASE | {"codec"},
     "model": BASE | MATHS | PARTS | {"families", "lora", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
-    "planning": BASE | MATHS | PARTS | {"families", "model", "tiling"},
-    "generate": BASE | MATHS | PARTS | {"bundle", "families", "keyframes", "model", "preview", "resume", "tiling"},
+    "planning": BASE | MATHS | PARTS | {"bounded", "families", "model", "tiling"},
+    "generate": (
+        BASE | MATHS | PARTS | {"bounded", "bundle", "families", "keyframes", "model", "preview", "resume", "tiling"}
+    ),
     # the front ends; "core" is any unit above. The headless host runs the nodes and starts the training.
     "nodes": frozenset({"core"}),
     "training": frozenset({"core"}),

@@ -52,8 +52,8 @@ WIDGETS_FOREVER = {
         *("seed", "control_after_generate", "steps", "cfg", "guidance", "shift", "sampler", "schedule", "denoise"),
         *("cfg_schedule", "cfg_start", "cfg_end", "cfg_rescale", "cfg_batched"),
     ],
-    "VidGenDecode": ["tile_size", "overlap", "temporal_size", "temporal_overlap"],
-    "VidGenEncodeVideo": ["fit"],
+    "VidGenDecode": ["tile_size", "overlap", "temporal_size", "temporal_overlap", "method", "memory_gb"],
+    "VidGenEncodeVideo": ["fit", "method", "memory_gb"],
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
     "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
@@ -65,6 +65,7 @@ WIDGETS_FOREVER = {
     "VidGenPadVideo": ["left", "top", "right", "bottom", "overlap"],
     "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
     "VidGenFromConditioning": [],
+    "VidGenDecodeSave": ["fps", "filename_prefix", "format", "crf", "method", "memory_gb"],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 

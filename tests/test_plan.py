@@ -154,10 +154,10 @@ def test_a_slow_way_of_one_stage_may_buy_a_fast_one_of_another() -> None:
 def test_stages_have_beside_them_what_came_before() -> None:
     stages = [ways("a", way("x", 5, 1, loaded=100, touched=30)), ways("b", way("y", 7, 1, loaded=1000, touched=300))]
     plan = choose(stages, 10**12, RATES, baseline_bytes=2 * MB)
-    slack = 1 + plans.SLACK
+    slack, kept = 1 + plans.SLACK, plans.KEPT_BYTES
     assert [stage.peak_bytes for stage in plan.stages] == [
-        (2 + 1100 + 30) * MB + round(5 * MB * slack),
-        (2 + 1100 + 330) * MB + round(7 * MB * slack),
+        (2 + 1100 + 30) * MB + round(5 * MB * slack) + kept,
+        (2 + 1100 + 330) * MB + round(7 * MB * slack) + kept,
     ]
     assert plan.peak_bytes == plan.stages[1].peak_bytes
 
@@ -356,7 +356,7 @@ def test_the_command(tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.Captu
     file.write_text(json.dumps(workflow(tiny_bundle_dir)))
     assert main(["plan", str(file), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in said.splitlines()] == [
+    assert [line.split("  ")[0].strip() for line in said.splitlines()] == [
         "encode prompt",
         "sample",
         "decode",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .bounded import Bound
 from .bundle import Bundle
 from .bundle import load_bundle as load_bundle  # the way in, offered here with the rest of the path
 from .codec import Codec
@@ -38,6 +39,8 @@ from .types import Conditioning, Defaults, Denoise, VideoShape
 
 MAX_BATCH = 64
 TILES = Tiling()
+Coding = Tiling | Bound | None
+"""How a codec saves memory: blended tiles, exactly within a bound, or not at all (one pass)."""
 SMALL_FLOPS = 4e10
 """a forward below this takes one core about a second"""
 
@@ -420,18 +423,19 @@ def decode_latents(
     codec: Codec,
     latents: Tensor,
     *,
-    tiling: Tiling | None = TILES,
+    tiling: Coding = TILES,
     host: Host | None = None,
     threads: int | None = None,
 ) -> Tensor:
     """(B, C, T, H, W) latents -> video (B, 3, T, H, W) float32 in [-1, 1] on the CPU, one sample at a time.
 
     Args:
-        tiling: of videos larger than one tile; None decodes in one pass, whatever memory that takes. A plan that is
-            followed (``memory.plan.following``) knows better.
+        tiling: of videos larger than one tile, or a bound within which they are decoded exactly; None decodes in one
+            pass, whatever memory that takes. A plan that is followed (``memory.plan.following``) knows better.
 
     Raises:
         NumericsError: the decoder's output is not finite.
+        SettingsError: the bound is too small for a video of this size.
     """
     host = host or LocalHost()
     tiling = planned("decode", "tiling", tiling)
@@ -441,23 +445,83 @@ def decode_latents(
         for index, one in enumerate(latents.cpu().split(1)):
             host.check_cancelled()
             host.progress("decode", index, len(latents))
-            one_codec = codec if tiling is None else tiled(codec, tiling, on_tile=_on_tile(host, index, len(latents)))
-            video = one_codec.decode(one).cpu().float().clamp_(-1, 1)
-            if not bool(torch.isfinite(video).all()):
-                raise NumericsError(
-                    "The decoded video is not finite", do="load the VAE in float32 or bfloat16: float16 overflows"
-                )
-            videos.append(video)
+            video = saving(codec, tiling, _on_tile(host, "decode", index, len(latents))).decode(one)
+            videos.append(_shown(video.cpu().float()))
         host.progress("decode", len(latents), len(latents))
-    return torch.cat(videos)
+    return videos[0] if len(videos) == 1 else torch.cat(videos)
 
 
-def _on_tile(host: Host, index: int, num_videos: int) -> OnTile:
+def decode_frames(
+    codec: Codec,
+    latents: Tensor,
+    *,
+    bound: Bound,
+    host: Host | None = None,
+    threads: int | None = None,
+    hidden_frames: int = 0,
+) -> Iterator[Tensor]:
+    """The frames of :func:`decode_latents`, (3, H, W) one by one as they are finished; videos follow each other.
+
+    Only a few finished frames are in memory at a time, so that a video may be longer than would fit.
+
+    Args:
+        hidden_frames: at the start of each video, left out.
+
+    Raises:
+        NumericsError, SettingsError: as :func:`decode_latents`.
+    """
+    host = host or LocalHost()
+    for index, one in enumerate(latents.cpu().split(1)):
+        host.check_cancelled()
+        parts = bound.on(codec, on_tile=_on_tile(host, "decode", index, len(latents))).frames(one)
+        first = 0
+        with contextlib.closing(parts):
+            while True:
+                # The caller has the turn between two parts: what is set for computing is set anew for each.
+                with torch.inference_mode(), using_threads(threads):
+                    part = next(parts, None)
+                    shown = None if part is None else _shown(part.cpu().float())
+                if shown is None:
+                    break
+                yield from shown[:, max(0, hidden_frames - first) :].unbind(1)
+                first += shown.shape[1]
+    host.progress("decode", len(latents), len(latents))
+
+
+def encode_video(codec: Codec, video: Tensor, *, tiling: Coding = TILES, host: Host | None = None) -> Tensor:
+    """(B, 3, T, H, W) in [-1, 1] -> latents at unit scale; ``tiling`` as in :func:`decode_latents`.
+
+    Raises:
+        SettingsError: a size that the codec cannot take, or a bound too small for it.
+    """
+    host = host or LocalHost()
+    with torch.inference_mode():
+        host.check_cancelled()
+        return saving(codec, tiling, _on_tile(host, "encode", 0, 1)).encode(video)
+
+
+def saving(codec: Codec, coding: Coding, on_tile: OnTile | None = None) -> Codec:
+    """``codec`` that saves memory in this way."""
+    if coding is None:
+        return codec
+    return tiled(codec, coding, on_tile=on_tile) if isinstance(coding, Tiling) else coding.on(codec, on_tile=on_tile)
+
+
+def _shown(video: Tensor) -> Tensor:
+    """Clamped in place; NumericsError where it is not finite."""
+    if not bool(torch.isfinite(video).all()):
+        raise NumericsError(
+            "The decoded video is not finite", do="load the VAE in float32 or bfloat16: float16 overflows"
+        )
+    return video.clamp_(-1, 1)
+
+
+def _on_tile(host: Host, what: str, index: int, num_videos: int) -> OnTile:
     """Progress in tiles of all videos, and a question whether to stop."""
 
     def on_tile(done: int, total: int) -> None:
         if total > 1:
-            host.progress("decode", index * total + done, num_videos * total)
+            host.progress(what, index * total + done, num_videos * total)
         host.check_cancelled()
 
     return on_tile
@@ -472,6 +536,7 @@ def generate(
     keyframes: Sequence[Keyframe] = (),
     method: str = "auto",
     mode: str | None = None,
+    tiling: Coding = TILES,
     host: Host | None = None,
 ) -> Tensor:
     """A video for each prompt (and ``num_videos`` of each).
@@ -482,6 +547,7 @@ def generate(
         keyframes: pictures of the video's size that it goes on from.
         method: how the network takes them, where the checkpoint does not say (see :func:`with_keyframes`).
         mode: how closely motion keeps to them, a key of ``family.keyframes.modes``; None: the family's default.
+        tiling: how the decoder saves memory, see :func:`decode_latents`.
 
     Returns:
         (B, 3, T, H, W) float32 in [-1, 1] on the CPU.
@@ -538,7 +604,7 @@ def generate(
         run=run,
     )
     with contextlib.nullcontext() if run is None else run.saved_on_failure():
-        video = decode_latents(bundle.codec, latents, host=host, threads=threads)
+        video = decode_latents(bundle.codec, latents, tiling=tiling, host=host, threads=threads)
     if run is not None:
         run.remove()
     return video[:, :, rules.hidden_frames(model.config) :]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bounded import Bound, Direction, LayeredCodec, smallest_budget
+from .bounded import plan as plan_exact
 from .codec import Codec
 from .families import Config, Family, Found
 from .guidance import cfg
@@ -38,6 +40,8 @@ from .tiling import Tiling, tiled
 from .types import Conditioning, Grid, VideoShape
 from .weights.header import Header
 
+Coding = Tiling | Bound | None
+"""in tiles, exactly within a bound, or in one pass"""
 LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
 FRAME_SHARE = 0.75
@@ -152,7 +156,7 @@ class _Remembering:
 
     def __init__(self, codec: Codec, module: nn.Module) -> None:
         self._codec, self._module = codec, module
-        self._dtype = next(module.parameters()).dtype
+        self.dtype = next(module.parameters()).dtype
         self.costs: dict[Any, tuple[Cost, int]] = {}
         self.tile: tuple[int, ...] | None = None
         """shape of the largest tile, where there are several"""
@@ -183,7 +187,18 @@ class _Remembering:
         cost, size = self.costs[key]
         assert self.meter is not None
         self.meter.skip(replace(cost, work=cost.work * (x.numel() / size)))
-        return torch.zeros(self._result(what, x), dtype=self._dtype, device="meta")
+        return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
+
+    def bounded(self, what: str, x: Tensor, bound: int, work: Work) -> Tensor:
+        """What takes ``bound`` bytes, the result among them."""
+        assert self.meter is not None
+        self.meter.skip(Cost(bound, work))
+        return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
+
+    @property
+    def layered(self) -> LayeredCodec | None:
+        """The codec, if it can be run within a bound."""
+        return self._codec if isinstance(self._codec, LayeredCodec) else None
 
     def _result(self, what: str, x: Tensor) -> tuple[int, ...]:
         grid = self.grid
@@ -206,42 +221,73 @@ class _Remembering:
         return Cost(meter.peak, meter.work, max(weights, meter.weights))
 
 
-def decode_cost(codec: _Remembering, latent_shape: Sequence[int], tiling: Tiling | None) -> Cost:
-    """Of ``generate.decode_latents`` and of making an IMAGE of what it gives; latents (B, C, T, H, W)."""
+class _Exact:
+    """A codec that decodes and encodes exactly within a bound, as far as its cost goes."""
+
+    def __init__(self, codec: _Remembering, bound: int, work: Work) -> None:
+        self._codec, self._bound, self._work = codec, bound, work
+        self.grid = codec.grid
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._codec.bounded("decode", latents, self._bound, self._work)
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self._codec.bounded("moments", video, self._bound, self._work).chunk(2, dim=1)
+        return mean, logvar
+
+
+def decode_cost(
+    codec: _Remembering, latent_shape: Sequence[int], tiling: Coding, *, one_pass: Work | None = None
+) -> Cost:
+    """Of ``generate.decode_latents`` and of making an IMAGE of what it gives; latents (B, C, T, H, W).
+
+    Args:
+        one_pass: what one video takes in one pass; for a bound.
+    """
 
     def run(remembering: _Remembering) -> None:
         latents = torch.zeros(*latent_shape, device="meta")
-        way = remembering if tiling is None else tiled(remembering, tiling)
+        way = _way(remembering, tiling, one_pass)
         videos = []
         for one in latents.split(1):
             video = way.decode(one).float().clamp_(-1, 1)
             torch.isfinite(video).all()
             videos.append(video)
-        video = torch.cat(videos)
+        video = videos[0] if len(videos) == 1 else torch.cat(videos)
         videos.clear()
         images = video.permute(0, 2, 3, 4, 1).flatten(0, 1)
         images = images.add(1.0).div_(2.0).clamp_(0.0, 1.0)
 
     lead, tile = int(codec.grid.causal), None
-    if tiling is not None:
+    if isinstance(tiling, Tiling):
         frames = tiling.tile_frames // codec.grid.temporal + lead
         sides = (min(size, tiling.tile_px // codec.grid.spatial) for size in latent_shape[3:])
         tile = (1, latent_shape[1], min(latent_shape[2], frames), *sides)
     return codec.watch(run, tile)
 
 
-def encode_cost(codec: _Remembering, shape: VideoShape, tiling: Tiling | None) -> Cost:
+def encode_cost(codec: _Remembering, shape: VideoShape, tiling: Coding, *, one_pass: Work | None = None) -> Cost:
     """Of encoding a video of this size, in pixels of float32."""
 
     def run(remembering: _Remembering) -> None:
         video = torch.zeros(1, 3, shape.num_frames, shape.height_px, shape.width_px, device="meta")
-        (remembering if tiling is None else tiled(remembering, tiling)).moments(video)
+        _way(remembering, tiling, one_pass).moments(video)
 
     tile = None
-    if tiling is not None:
+    if isinstance(tiling, Tiling):
         frames = min(shape.num_frames, tiling.tile_frames + int(codec.grid.causal))
         tile = (1, 3, frames, min(shape.height_px, tiling.tile_px), min(shape.width_px, tiling.tile_px))
     return codec.watch(run, tile)
+
+
+def _way(codec: _Remembering, coding: Coding, one_pass: Work | None) -> Any:
+    if coding is None:
+        return codec
+    if isinstance(coding, Tiling):
+        return tiled(codec, coding)
+    assert coding.budget_bytes is not None
+    assert one_pass is not None
+    return _Exact(codec, coding.budget_bytes, one_pass)
 
 
 def sample_cost(
@@ -510,32 +556,70 @@ class Planner:
             lambda: _Remembering(self.family.codec(weights.module, self.found["codec"].config), weights.module),
         )
 
-        def cost(tiling: Tiling | None) -> Cost:
-            if what == "encode":
-                return self._kept((what, shape, tiling), lambda: encode_cost(remembering, shape, tiling))
-            latent_shape = (wish.num_videos, *shape.latent_shape(self.grid))
-            return self._kept((what, latent_shape, tiling), lambda: decode_cost(remembering, latent_shape, tiling))
+        codec_dtype = remembering.dtype
 
+        def one_pass() -> Cost:
+            return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
+
+        codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
+        codings += self._exact(remembering, what, shape)
+        for tiling in self._tilings(shape):
+            name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
+            codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
+        # The first stage that uses the codec brings its weights.
+        is_first = what == "encode" or not wish.encodes_frames
         ways = []
-        # The first part that uses the codec brings its weights.
-        first = what == "encode" or not wish.encodes_frames
-        for tiling in (None, *self._tilings(shape)):
-            tiles = "" if tiling is None else f"{tiling.tile_px} px and {tiling.tile_frames} frames"
+        for name, why, coding, times in codings:
+
+            def cost(coding: Coding = coding, times: float = times) -> Cost:
+                work = one_pass().work * times if isinstance(coding, Bound) else None
+                if what == "encode":
+                    return self._kept(
+                        (what, shape, coding, codec_dtype),
+                        lambda: encode_cost(remembering, shape, coding, one_pass=work),
+                    )
+                latent_shape = (wish.num_videos, *shape.latent_shape(self.grid))
+                return self._kept(
+                    (what, latent_shape, coding, codec_dtype),
+                    lambda: decode_cost(remembering, latent_shape, coding, one_pass=work),
+                )
+
             ways.append(
                 Way(
-                    name="one pass" if tiling is None else f"tiles of {tiles}",
-                    why="exact, and the fastest"
-                    if tiling is None
-                    else "the largest tiles that fit; where they meet they are blended",
-                    passing=lambda tiling=tiling: (
-                        cost(tiling).peak + (cost(tiling).weights if weights.is_mapped else 0)
-                    ),
-                    work=lambda tiling=tiling: cost(tiling).work,
-                    loaded=weights.num_bytes if first and not weights.is_mapped else 0,
-                    settings={"tiling": tiling},
+                    name=name,
+                    why=why,
+                    passing=lambda cost=cost: cost().peak + (one_pass().weights if weights.is_mapped else 0),
+                    work=lambda cost=cost: cost().work,
+                    loaded=weights.num_bytes if is_first and not weights.is_mapped else 0,
+                    settings={"tiling": coding},
                 )
             )
         return ways
+
+    def _one_pass(self, codec: _Remembering, what: str, shape: VideoShape) -> Cost:
+        """Of one video; its memory is not asked for where it is bounded."""
+        if what == "encode":
+            return encode_cost(codec, shape, None)
+        return decode_cost(codec, (1, *shape.latent_shape(self.grid)), None)
+
+    def _exact(self, codec: _Remembering, what: str, shape: VideoShape) -> list[tuple[str, str, Coding, float]]:
+        """Bounds within which this video can be coded exactly, the fastest first."""
+        layered = codec.layered
+        if layered is None:
+            return []
+        direction: Direction = "encode" if what == "encode" else "decode"
+
+        def reckon() -> list[tuple[str, str, Coding, float]]:
+            smallest = smallest_budget(layered, direction, shape)
+            found = []
+            for times in (4.0, 2.0, 1.4, 1.0):
+                bound = math.ceil(times * smallest)
+                cost = plan_exact(layered, direction, shape, bound).relative_cost
+                why = f"what one pass gives, at {cost:.1f} times its work"
+                found.append((f"exact within {bound / 1e6:.0f} MB", why, Bound(budget_bytes=bound), cost))
+            return found
+
+        return self._kept(("exact", what, shape, codec.dtype), reckon)
 
     def _tilings(self, shape: VideoShape) -> list[Tiling]:
         """That cut this video; those of one size are left out."""

@@ -26,8 +26,10 @@ from ..types import Grid, VideoShape
 from .host import available_memory, memory_in_use
 from .live import Work
 
-SLACK = 0.02
-"""of what a plan adds to the process: what an allocator and libraries keep besides"""
+SLACK = 0.025
+"""of what passes: what an allocator keeps besides"""
+KEPT_BYTES = 4_000_000
+"""what libraries keep for themselves after the first large product: buffers, and code that was made for a shape"""
 
 
 # --- ways and plans ---------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def _combined(
     for stage, way in zip(stages, ways, strict=True):
         stays += way.touched
         # The slack is on what passes: weights are known to the byte.
-        peak = stays + round((1 + SLACK) * way.passing())
+        peak = stays + KEPT_BYTES + round((1 + SLACK) * way.passing())
         made.append(
             Stage(
                 name=stage.name,

@@ -71,7 +71,7 @@ class UpsampledCausalConv3d(nn.Module):
             if out is None:
                 out = phases.new_empty(batch, self.conv.out_channels, *size)
             end = time * (start + phases.shape[2] - 1) + 1
-            for small, large in _phase_pairs(phases, out[:, :, max(0, time * (start - 1) + 1) : end], steps):
+            for small, large in phase_pairs(phases, out[:, :, max(0, time * (start - 1) + 1) : end], steps):
                 large.copy_(small)
         assert out is not None
         return out
@@ -102,6 +102,10 @@ class _PhaseConv3d(nn.Conv3d):
         self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, *self.folded())
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weights and biases of all phases."""
         time, height, width = self.steps
         weight, bias = self.weight, self.bias
         assert bias is not None
@@ -112,7 +116,7 @@ class _PhaseConv3d(nn.Conv3d):
                 early = torch.stack([first + middle, last], dim)
                 # Space is padded on both sides, time in front only: there, frame 2 n - 1 is the first of its pair.
                 weight = torch.cat([early, late] if dim == 2 else [late, early])
-        return F.conv3d(x, weight, bias.repeat(time * height * width))
+        return weight, bias.repeat(time * height * width)
 
 
 class _Interleave(torch.autograd.Function):
@@ -125,19 +129,19 @@ class _Interleave(torch.autograd.Function):
         batch, channels, num_frames, rows, columns = ctx.shape = phases.shape
         size = time * (num_frames - 1) + 1, height * (rows - height + 1), width * (columns - width + 1)
         out = phases.new_empty(batch, channels // math.prod(steps), *size)
-        for small, large in _phase_pairs(phases, out, steps):
+        for small, large in phase_pairs(phases, out, steps):
             large.copy_(small)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         phases = grad.new_zeros(ctx.shape)
-        for small, large in _phase_pairs(phases, grad, ctx.steps):
+        for small, large in phase_pairs(phases, grad, ctx.steps):
             small.copy_(large)
         return phases, None
 
 
-def _phase_pairs(phases: Tensor, full: Tensor, steps: Steps) -> Iterator[tuple[Tensor, Tensor]]:
+def phase_pairs(phases: Tensor, full: Tensor, steps: Steps) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of the same samples in both layouts.
 
     Along a doubled axis of space there is one position too many: phase 0 uses all but the last, phase 1 all but

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...codec import draw
+from ...nn.strips import Chain
 from ...types import Grid
+from .blocks import decoder_blocks, encoder_blocks
 from .config import CodecConfig
 from .vae import CausalVAE
 
@@ -35,7 +37,9 @@ class HunyuanCodec(nn.Module):
         Raises:
             SettingsError: T is not 4 n + 1, or H or W is not a multiple of 8.
         """
-        mean, logvar = self.vae.encode(self._cast(video))
+        return self._scaled(*self.vae.encode(self._cast(video)))
+
+    def _scaled(self, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.config.scaling_factor
         return mean * scale, logvar + 2 * math.log(scale)
 
@@ -45,7 +49,22 @@ class HunyuanCodec(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, H, W) at unit scale -> (B, 3, 4 (T - 1) + 1, 8 H, 8 W), about [-1, 1]."""
-        return self.vae.decode(self._cast(latents) / self.config.scaling_factor)
+        return self.vae.decode(self._unscaled(latents))
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return self._cast(latents) / self.config.scaling_factor
+
+    def decoder_chain(self) -> Chain:
+        """The decoder block by block, for :func:`~vidgen_core.bounded.exact`."""
+        return Chain(decoder_blocks(self.vae), weight=self.vae.post_quant_conv.weight, before=self._unscaled)
+
+    def encoder_chain(self) -> Chain:
+        """The encoder block by block."""
+        return Chain(encoder_blocks(self.vae), weight=self.vae.encoder.conv_in.conv.weight, before=self._cast)
+
+    def moments_of(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`encoder_chain` makes of a video -> mean and log variance at unit scale."""
+        return self._scaled(*self.vae.moments(encoded))
 
     def _cast(self, x: Tensor) -> Tensor:
         weight = self.vae.post_quant_conv.weight

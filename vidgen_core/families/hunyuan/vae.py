@@ -276,7 +276,12 @@ class CausalVAE(nn.Module):
         """
         self._check(video, self.config.in_channels, "video")
         VideoShape(num_frames=video.shape[2], height_px=video.shape[3], width_px=video.shape[4]).check(self.grid)
-        mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)
+        return self.moments(self.quant_conv(self.encoder(video)))
+
+    @staticmethod
+    def moments(encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``quant_conv`` makes, (B, 2 C, T', H', W') -> mean and log variance."""
+        mean, logvar = encoded.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, z: Tensor) -> Tensor:
