@@ -27,7 +27,7 @@ from .families import ImageMode, TextEncoder
 from .guidance import cfg, cfg_schedule, hold, keep
 from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
 from .memory.host import Host, LocalHost, available_cores
-from .memory.plan import planned
+from .memory.plan import begin_stage, planned
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .noise import NoiseStream
 from .preview import LatentRGB
@@ -325,6 +325,7 @@ def _sample(
     preview: LatentRGB | None,
     run: RunFile | None,
 ) -> Tensor:
+    begin_stage()
     ts = settings.check(model.diffusion)
     given.check(shape, ts, settings)
     model.family.keyframes.check_conditioning(model.config, positive, shape)
@@ -439,6 +440,7 @@ def decode_latents(
     """
     host = host or LocalHost()
     tiling = planned("decode", "tiling", tiling)
+    begin_stage()
     videos = []
     module = codec if isinstance(codec, nn.Module) else None
     with torch.inference_mode(), using_threads(threads), watched(module, host):

@@ -409,10 +409,22 @@ def return_freed_memory() -> bool:
     glibc keeps what is freed, up to 32 MB a piece, in case it is wanted again; a process then holds more than its
     tensors. For a process of our own that has a budget to keep; a host such as ComfyUI is left alone.
     """
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _of_the_c_library("mallopt")
     if mallopt is None:
         return False
     trim_threshold, mmap_threshold = -1, -3
     return bool(mallopt(mmap_threshold, 1 << 20)) and bool(mallopt(trim_threshold, 1 << 20))
+
+
+def begin_stage() -> None:
+    """Where a plan is followed: give back the holes that the stage before left between small tensors."""
+    trim = None if _plan.get() is None else _of_the_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_the_c_library(name: str) -> Any:
+    """A function of glibc; None elsewhere."""
+    import ctypes
+
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
