@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_render(commands)
     _add_serve(commands)
+    _add_plan(commands)
     inspect = commands.add_parser("inspect", help="say what a checkpoint, a LoRA or a video is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="everything, for programs")
@@ -136,9 +137,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--storage", help="how the network's weights lie in memory: auto, float8, float8 per row, int8, nf4, ..."
     )
-    parser.add_argument(
-        "--budget", metavar="SIZE", help="memory to stay under, such as 8GB; weights that do not fit are streamed"
-    )
+    _add_budget(parser)
     parser.add_argument(
         "--attention", metavar="NAME", help="kernel of attention: sdpa, flash_attn_3, sageattn, ... (default auto)"
     )
@@ -172,6 +171,30 @@ def _add_render(commands: Any) -> None:
         description="Run a workflow: a .json as ComfyUI's editor saves or exports it, or a video that carries one.",
     )
     parser.add_argument("file", type=Path)
+    _add_set(parser)
+    _add_budget(parser)
+    parser.add_argument("-o", "--output", type=Path, help="the video, or a folder for several (default: output/)")
+    _add_common(parser)
+    parser.set_defaults(command=_render)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say what a workflow will take, before anything is loaded",
+        description="Say which way each stage of a workflow will go, what memory it takes and about how long, and "
+        "which sizes fit where this one does not. Nothing is loaded.",
+    )
+    parser.add_argument("file", type=Path, nargs="?", help="a workflow as ComfyUI saves or exports it, or a video that carries one")
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine first, for the estimate of time")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    _add_set(parser)
+    _add_budget(parser)
+    _add_common(parser)
+    parser.set_defaults(command=_plan)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
@@ -179,9 +202,12 @@ def _add_render(commands: Any) -> None:
         metavar="NODE.INPUT=VALUE",
         help="change a value; NODE is an id, a title or a class, such as 5.seed=7 or VidGenSampler.seed=7",
     )
-    parser.add_argument("-o", "--output", type=Path, help="the video, or a folder for several (default: output/)")
-    _add_common(parser)
-    parser.set_defaults(command=_render)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="memory to stay under, such as 8GB; each stage goes the fastest way that fits"
+    )
 
 
 def _add_serve(commands: Any) -> None:
@@ -261,6 +287,7 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
     if size != 1 and arguments.member is None:
         check_team(size, arguments.device)
         return run_team(partial(run_member, arguments.argv), size, arguments.parallel_method, arguments.stop)
+    plan = _plan_within_budget(prompt, arguments)
     try:
         saved = render(
             prompt,
@@ -270,6 +297,7 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
             device=arguments.device,
             folders=model_folders(arguments.models),
             quiet=arguments.quiet,
+            plan=plan,
             scratch=getattr(arguments, "scratch", None),
             member=arguments.member,
         )
@@ -284,6 +312,61 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
         return EXIT_ERROR
     for path in saved:
         sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _plan_within_budget(prompt: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    """The plan of a render that has a budget, told to the user; SettingsError where nothing fits. None without one."""
+    if arguments.budget is None:
+        return None
+    from ..vidgen_core.memory.place import parse_bytes
+    from .plan import plan_prompt
+    from .render import check_device
+
+    planned, planner, wish = plan_prompt(
+        prompt,
+        budget_bytes=parse_bytes(arguments.budget),
+        device=check_device(arguments.device),
+        folders=model_folders(arguments.models),
+    )
+    if not planned.fits:
+        planner.check(wish, planned.budget_bytes)
+    if not arguments.quiet:
+        sys.stderr.write("".join(f"{line}\n" for line in planned.lines()))
+    return planned
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """``vidgen plan``: 1 where the video does not fit."""
+    import torch
+
+    from .. import NODE_CLASS_MAPPINGS
+    from ..vidgen_core.memory.host import default_device
+    from ..vidgen_core.memory.place import parse_bytes
+    from ..vidgen_core.memory.plan import calibrate, known_rates
+    from .plan import plan_dict, plan_prompt
+    from .render import check_device, load_prompt, override
+
+    device = torch.device(check_device(arguments.device) or default_device())
+    if arguments.calibrate:
+        calibrate(device)
+    if arguments.file is None:
+        if not arguments.calibrate:
+            raise SettingsError("There is nothing to plan", expected="a workflow, or --calibrate")
+        rates = {name: getattr(known_rates(device), name) for name in known_rates(device).__dataclass_fields__}
+        sys.stdout.write(json.dumps(rates, indent=2) + "\n")
+        return 0
+    prompt = override(load_prompt(arguments.file, NODE_CLASS_MAPPINGS), NODE_CLASS_MAPPINGS, arguments.set)
+    budget = None if arguments.budget is None else parse_bytes(arguments.budget)
+    options = {"budget_bytes": budget, "device": str(device), "folders": model_folders(arguments.models)}
+    if arguments.json:
+        said = plan_dict(prompt, **options)
+        sys.stdout.write(json.dumps(said, indent=2) + "\n")
+        return 0 if said["fits"] else EXIT_ERROR
+    planned, planner, wish = plan_prompt(prompt, **options)
+    sys.stdout.write("".join(f"{line}\n" for line in planned.lines()))
+    if not planned.fits:
+        planner.check(wish, planned.budget_bytes)
     return 0
 
 

@@ -226,6 +226,7 @@ def render(
     device: str | None = None,
     folders: Sequence[Path] = (),
     quiet: bool = False,
+    plan: Any = None,
     scratch: Path | None = None,
     member: Member | None = None,
 ) -> list[Path]:
@@ -236,6 +237,7 @@ def render(
         stop: listening already; asked between nodes and, through the host, within them.
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
+        plan: a ``memory.plan.Plan`` to keep to; None decides as it goes.
         scratch: where large temporary files lie; None is beside the output.
         member: this process's place among those that render together. Only the first of them gets past the sampler.
 
@@ -245,6 +247,7 @@ def render(
     stop.check()
     from ..nodes import host as hosts
     from ..vidgen_core.media import check_writable
+    from ..vidgen_core.memory.plan import following, return_freed_memory
     from ..vidgen_core.nn.parallel import in_team
 
     leads = member is None or member.rank == 0
@@ -265,7 +268,9 @@ def render(
 
     joined = contextlib.nullcontext() if member is None else member.joined(str(run_on))
     try:
-        with hosts.using(host):
+        with hosts.using(host), following(plan):
+            if plan is not None:
+                return_freed_memory()
             check(prompt, classes)  # before drawing it, which needs known nodes
             workflow = {"workflow": to_ui(prompt, classes)}
             with joined as team, in_team(team):

@@ -168,6 +168,7 @@ class EncodeVideo:
     ) -> tuple[Latent]:
         from ..vidgen_core.generate import TILES, encode_video
         from ..vidgen_core.media import crop_to_grid, images_to_video
+        from ..vidgen_core.memory.plan import planned
         from .host import current
 
         current().need(vae)
@@ -176,6 +177,7 @@ class EncodeVideo:
         if fit == "crop":
             images = crop_to_grid(images, vae.grid, multiple_px=16)
         tiling = TILES if method == "tiles" else coding_bound(method, memory_gb)
+        tiling = planned("encode video", "tiling", tiling)
         latent = codec_latent(vae, encode_video(vae, images_to_video(images), tiling=tiling, host=current()))
         if mask is not None:
             latent["noise_mask"] = images[None, None, ..., 3]

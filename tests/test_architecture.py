@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "keyframes": BASE | {"codec"},
     "model": BASE | MATHS | PARTS | TRICKS | {"families", "lora", "nn", "preview", "text"},
     "bundle": BASE | PARTS | {"families", "model", "preview"},
+    "planning": BASE | MATHS | PARTS | {"bounded", "families", "model", "tiling"},
     "generate": BASE
     | MATHS
     | PARTS

@@ -35,6 +35,7 @@ from .memory.cancel import watched
 from .memory.host import Host, LocalHost, available_cores
 from .memory.oom import Measure, relieved
 from .memory.place import QuantisedLinear
+from .memory.plan import begin_stage, planned
 from .model import VideoModel, denoiser, denoiser_pair, join
 from .nn.parallel import current_team
 from .noise import NoiseStream
@@ -378,6 +379,7 @@ def _sample(
     run: RunFile | None,
     recorder: CurveRecorder | None = None,
 ) -> Tensor:
+    begin_stage()
     ts = settings.check(model.diffusion)
     given.check(shape, ts, settings)
     model.family.keyframes.check_conditioning(model.config, positive, shape)
@@ -674,7 +676,7 @@ def _denoisers(
     """The network with the prompt, and without it where there is guidance."""
     if negative is None or settings.cfg == 1.0:
         return denoiser(model, positive), None
-    if settings.cfg_batched:
+    if settings.cfg_batched and planned("sample", "cfg_batched", True):
         scale = _cfg_scale(settings)
         return denoiser_pair(model, positive, negative, both_at=lambda t: bool(scale(t) != 1.0))
     return denoiser(model, positive), denoiser(model, negative, stream=Stream(branches=("uncond",)))
@@ -734,7 +736,8 @@ def decode_latents(
 
     Args:
         tiling: of videos larger than one tile, or a bound within which they are decoded exactly; None decodes in one
-            pass. Where that does not fit the memory, smaller tiles are tried.
+            pass. Where that does not fit the memory, smaller tiles are tried. A plan that is followed
+            (``memory.plan.following``) knows better.
         retry: a decoder whose numbers are not finite is tried again in a safe way.
 
     Raises:
@@ -743,6 +746,8 @@ def decode_latents(
         SettingsError: the bound is too small for a video of this size.
     """
     host = host or LocalHost()
+    tiling = planned("decode", "tiling", tiling)
+    begin_stage()
 
     def decode(coding: Coding) -> Tensor:
         videos = []

@@ -21,9 +21,10 @@ from .errors import CheckpointError, SettingsError, unknown_name
 from .families import FAMILIES, TITLES, Config, Family, Found, identify, identify_parts
 from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, can_merge, describe, module_names
 from .memory.compiled import MODES, compiled, will_compile
-from .memory.host import available_memory, memory_in_use
+from .memory.host import memory_in_use
 from .memory.oom import Measure, relieved
 from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
+from .memory.plan import planned, room_on, small_as_float32, too_large_to_stay
 from .nn.backends import AttentionChoice
 from .nn.joint_blocks import computing_attention
 from .nn.parallel import current_team, split_over
@@ -335,14 +336,8 @@ def _join_contexts(conditionings: Sequence[Conditioning]) -> tuple[Tensor | None
     return torch.cat([context for context, _ in padded]), torch.cat([mask for _, mask in padded])
 
 
-_CPU_SHARE = 0.5
-"""of the free memory that weights may take as float32; the rest is for activations and the other parts"""
-_FILE_SHARE = 0.8
-"""share of the free memory that a file's weights may take"""
 _RUN_BYTES = 64 * 2**20
 """what a run takes besides weights and activations: libraries that come late, scratch of the matrix products"""
-_SMALL_BYTES = 2**30
-"""weights that a GPU does not notice as float32"""
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -430,8 +425,7 @@ def choose_dtype(header: Header, device: torch.device, *, streamed: bool = False
 
 def _is_small(header: Header, device: torch.device) -> bool:
     """All of it as float32 costs little."""
-    room = _CPU_SHARE * available_memory() if device.type == "cpu" else _SMALL_BYTES
-    return 4 * header.num_parameters <= room
+    return small_as_float32(header.num_parameters, device)
 
 
 def must_stream(header: Header, device: torch.device | str, *, storage: str = AUTO, budget: int | None = None) -> bool:
@@ -440,11 +434,7 @@ def must_stream(header: Header, device: torch.device | str, *, storage: str = AU
     Args:
         budget: bytes that this process may take there; None: all that is free.
     """
-    device = torch.device(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if budget is not None:
-        free = min(free, budget - memory_in_use(device))
-    return _num_bytes(header, STORAGES.get(storage)) > _FILE_SHARE * free
+    return too_large_to_stay(_num_bytes(header, STORAGES.get(storage)), room_on(torch.device(device), budget))
 
 
 def _num_bytes(header: Header, storage: Storage | None) -> int:
@@ -543,7 +533,9 @@ def network_of(
         )
     auto = stream is None
     room = None if budget is None else room_for_weights(header, found, device, budget)
-    if stream is None:
+    if stream is None and planned("sample", "stream") is not None:
+        stream, room = planned("sample", "stream"), planned("sample", "room")
+    elif stream is None:
         stream = budget is not None or must_stream(header, device, storage=storage)
         if stream and budget is None:
             log.info("%s does not fit the free memory: its blocks are read from the file as they run.", header.path)
@@ -710,7 +702,8 @@ def text_of(
     family = next(iter(files.values()))[1].family
     headers = {part: header for part, (header, _) in files.items()}
     found = family.text.tokenizers(config, headers, tokenizers or TokenizerPlaces())
-    modules, later = {}, {}
+    modules, later, may_stream = {}, {}, stream is None
+    stream = planned("encode prompt", "stream") if stream is None else stream
     for part, (header, item) in files.items():
         if part in family.text.later:
             later[part] = partial(build_part, header, item, dtype=dtype, device=device)
@@ -718,7 +711,7 @@ def text_of(
         streamed = must_stream(header, device, budget=budget) if stream is None else stream
         blocks = family.text.blocks.get(part, ())
         modules[part] = _loaded(
-            header, item, blocks, dtype=dtype, device=device, stream=streamed, may_stream=stream is None
+            header, item, blocks, dtype=dtype, device=device, stream=streamed, may_stream=may_stream
         )
     stack = family.text.join(config, modules, found, later)
     stack.fingerprint = "+".join(dict.fromkeys(header.digest for header in headers.values()))  # type: ignore[assignment]

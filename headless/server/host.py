@@ -30,7 +30,7 @@ class ServerHost(LocalNodeHost):
     places: Places
 
     def find(self, kind: str, name: str) -> Path:
-        found = find_bundled(name)
+        found = find_bundled(kind, name)
         if found is None and name in self.names(kind):
             candidates = (root / folder / name for root in self.folders for folder in folders_of(kind))
             found = next((path for path in candidates if path.exists()), None)

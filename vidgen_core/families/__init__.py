@@ -105,6 +105,8 @@ class TextAssembly:
     """text config -> whether a prompt can be encoded together with a picture"""
     stranger: Callable[[Shapes], str | None]
     """what a file is that holds no encoder of this family, if that can be told"""
+    activation: Callable[[Config, int], tuple[int, float]]
+    """(text config, tokens of the prompt) -> (bytes besides weights, operations) of encoding it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

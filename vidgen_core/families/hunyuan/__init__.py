@@ -133,6 +133,15 @@ def _activation_bytes(config: NetworkConfig, shape: VideoShape) -> int:
     return int(2 * (tokens + 256) * width)
 
 
+def _text_activation(config: TextConfig, num_tokens: int) -> tuple[int, float]:
+    """Residual stream, q, k, v and the MLP's three inner tensors in float32; the template's tokens run as well."""
+    dims = config.llama
+    tokens = num_tokens + config.video_template.crop_start
+    width = 8 * dims.hidden_size + 3 * dims.intermediate_size
+    per_layer = 4 * dims.hidden_size**2 + 3 * dims.hidden_size * dims.intermediate_size
+    return 4 * tokens * width, 2.0 * tokens * per_layer * dims.num_layers
+
+
 FAMILY = Family(
     name="hunyuan",
     title="HunyuanVideo",
@@ -156,6 +165,7 @@ FAMILY = Family(
         widths=lambda config: (config.llama.hidden_size, config.clip.hidden_size),
         sees_images=lambda config: config.vision is not None,
         stranger=stranger,
+        activation=_text_activation,
     ),
     diffusion=_diffusion,
     codec=_codec,

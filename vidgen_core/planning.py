@@ -1,0 +1,675 @@
+"""What a video will take before anything is loaded: headers, a size and a budget in, a plan out.
+
+The network and the VAE are built on the meta device and run there, so that the figures follow the code. Which ways
+there are is said here; :mod:`~vidgen_core.memory.plan` compares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bounded import Bound, Direction, LayeredCodec, smallest_budget
+from .bounded import plan as plan_exact
+from .codec import Codec
+from .families import Config, Family, Found
+from .guidance import cfg
+from .memory.host import memory_in_use
+from .memory.live import Cost, LiveBytes, Work, cost_of, watched_memory
+from .memory.place import AUTO, STORAGES, resident_blocks
+from .memory.plan import (
+    Plan,
+    Rates,
+    StageWays,
+    Way,
+    choose,
+    known_rates,
+    least,
+    nearest_sizes,
+    room_on,
+    too_large,
+)
+from .model import TextFiles, VideoModel, choose_dtype, denoiser, denoiser_pair, text_config_of
+from .tiling import Tiling, tiled
+from .types import Conditioning, Grid, VideoShape
+from .weights.header import Header
+
+Coding = Tiling | Bound | None
+"""in tiles, exactly within a bound, or in one pass"""
+LIBRARY_BYTES = 160_000_000
+"""code and tables that loading text encoders and the first use of every kernel bring into memory"""
+FRAME_SHARE = 0.75
+"""stride of tiles over their size, as HunyuanVideo has it"""
+TILES = ((256, 64), (256, 32), (128, 32), (128, 16), (64, 16), (64, 8))
+"""px and frames of the tiles that are tried where one pass does not fit, the fastest first"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be made."""
+
+    shape: VideoShape
+    num_videos: int = 1
+    num_steps: int = 50
+    evaluations: float = 1.0
+    """of the denoiser for each step"""
+    guided: bool = False
+    """with true guidance: the network is asked with and without the prompt"""
+    may_batch: bool = True
+    """both in one forward, if there is room"""
+    num_text_tokens: int = 64
+    dtype: torch.dtype | None = None
+    """of the weights; None chooses for the device"""
+    storage: str = AUTO
+    encodes_frames: int = 0
+    """frames of a given picture or video that are encoded first"""
+    decodes: bool = True
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """How the weights of a file lie in memory."""
+
+    module: nn.Module
+    """on the meta device, in the dtype that it will have"""
+    num_bytes: int
+    is_mapped: bool
+    """they take memory when they are first used, not when they are loaded"""
+    file_bytes: int
+    blocks: tuple[int, ...]
+    """bytes of each block that may be streamed"""
+    file_blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, header: Header, found: Found, device: torch.device, wish: Wish, *, streamed: bool) -> _Weights:
+        part = found.family.parts[found.part]
+        with torch.device("meta"):
+            module = part.build(found.config, header.metadata)
+        dtype = choose_dtype(header, device, streamed=streamed) if wish.dtype is None else wish.dtype
+        kinds = {info.dtype for info in header.tensors.values() if info.dtype.is_floating_point}
+        is_mapped = device.type == "cpu" and found.layout == "native" and kinds <= {dtype or torch.float32}
+        if dtype is None:
+            dtype = max(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
+            is_mapped = device.type == "cpu" and found.layout == "native" and len(kinds) == 1
+        held = STORAGES.get(wish.storage) if found.part == "network" else None
+        module = module.to(dtype).eval().requires_grad_(False)
+        lists = found.family.blocks if found.part == "network" else found.family.text.blocks.get(found.part, ())
+        blocks = [block for path in lists for block in module.get_submodule(path).children()]
+        share = 1.0 if held is None else held.num_bytes(1024, 1024) / (1024 * 1024 * dtype.itemsize)
+        sizes = [round(share * _num_bytes(block)) for block in blocks]
+        dense, small = _num_bytes(module), sum(_num_bytes(block) for block in blocks)
+        per_number = header.num_bytes / max(1, header.num_parameters)
+        return cls(
+            module=module,
+            num_bytes=dense - small + sum(sizes),
+            is_mapped=is_mapped and held is None,
+            file_bytes=header.num_bytes,
+            blocks=tuple(sizes),
+            file_blocks=tuple(
+                round(per_number * sum(tensor.numel() for tensor in block.state_dict().values())) for block in blocks
+            ),
+        )
+
+    @property
+    def outside(self) -> int:
+        return self.num_bytes - sum(self.blocks)
+
+    @property
+    def is_cast(self) -> bool:
+        return sum(self.blocks) != sum(self.file_blocks)
+
+    def staging(self) -> list[int]:
+        """As ``weights.load`` reckons it, for each block as the largest one that is streamed."""
+        return [size + 2 * raw for size, raw in zip(self.blocks, self.file_blocks, strict=True)]
+
+    def streamed(self, num_kept: int) -> tuple[int, int, int]:
+        """(room to ask for, bytes that stay, bytes that pass) with about this many blocks resident."""
+        number = len(self.blocks)
+        kept = {i for i in range(number) if (i + 1) * num_kept // number > i * num_kept // number}
+        staging = self.staging()
+        room = self.outside + sum(self.blocks[i] for i in kept)
+        room += max((staging[i] for i in range(number) if i not in kept), default=0)
+        kept = set(resident_blocks(self.blocks, staging, room - self.outside))
+        rest = [i for i in range(number) if i not in kept]
+        passing = max((self.blocks[i] + self.file_blocks[i] for i in rest), default=0)
+        return room, self.outside + sum(self.blocks[i] for i in kept), passing
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
+
+
+class _Remembering:
+    """A codec on the meta device that runs every size once, and then only says what it cost."""
+
+    def __init__(self, codec: Codec, module: nn.Module) -> None:
+        self._codec, self._module = codec, module
+        self.dtype = next(module.parameters()).dtype
+        self.costs: dict[Any, tuple[Cost, int]] = {}
+        self.tile: tuple[int, ...] | None = None
+        """shape of the largest tile, where there are several"""
+        self.meter: LiveBytes | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return self._codec.grid
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._run("decode", latents)
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self._run("moments", video).chunk(2, dim=1)
+        return mean, logvar
+
+    def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        return self.moments(video)[0]
+
+    def _run(self, what: str, x: Tensor) -> Tensor:
+        """Tiles at the borders are smaller than the first; they are taken to cost as much memory."""
+        key = what, x.dtype, *(self.tile or tuple(x.shape))
+        if key not in self.costs:
+            assert self.tile in (None, tuple(x.shape)), "the first tile is the largest"
+            like = torch.empty(x.shape, dtype=x.dtype, device="meta")
+            cost = cost_of(getattr(self._codec, what), like, modules=[self._module])
+            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes), x.numel()
+        cost, size = self.costs[key]
+        assert self.meter is not None
+        self.meter.skip(replace(cost, work=cost.work * (x.numel() / size)))
+        return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
+
+    def bounded(self, what: str, x: Tensor, bound: int, work: Work) -> Tensor:
+        """What takes ``bound`` bytes, the result among them."""
+        assert self.meter is not None
+        self.meter.skip(Cost(bound, work))
+        return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
+
+    @property
+    def layered(self) -> LayeredCodec | None:
+        """The codec, if it can be run within a bound."""
+        return self._codec if isinstance(self._codec, LayeredCodec) else None
+
+    def _result(self, what: str, x: Tensor) -> tuple[int, ...]:
+        grid = self.grid
+        if what == "decode":
+            return (len(x), 3, grid.num_frames(x.shape[2]), *(size * grid.spatial for size in x.shape[3:]))
+        return (
+            len(x),
+            2 * grid.channels,
+            grid.num_latent_frames(x.shape[2]),
+            *(n // grid.spatial for n in x.shape[3:]),
+        )
+
+    def watch(self, run: Callable[[_Remembering], None], tile: Sequence[int] | None) -> Cost:
+        """The cost of what ``run`` does with this codec, for which ``tile`` is the largest tensor."""
+        self.tile = None if tile is None else tuple(tile)
+        with watched_memory(self._module) as self.meter:
+            run(self)
+        meter, self.meter = self.meter, None
+        weights = max((cost.weights for cost, _ in self.costs.values()), default=0)
+        return Cost(meter.peak, meter.work, max(weights, meter.weights))
+
+
+class _Exact:
+    """A codec that decodes and encodes exactly within a bound, as far as its cost goes."""
+
+    def __init__(self, codec: _Remembering, bound: int, work: Work) -> None:
+        self._codec, self._bound, self._work = codec, bound, work
+        self.grid = codec.grid
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._codec.bounded("decode", latents, self._bound, self._work)
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self._codec.bounded("moments", video, self._bound, self._work).chunk(2, dim=1)
+        return mean, logvar
+
+
+def decode_cost(
+    codec: _Remembering, latent_shape: Sequence[int], tiling: Coding, *, one_pass: Work | None = None
+) -> Cost:
+    """Of ``generate.decode_latents`` and of making an IMAGE of what it gives; latents (B, C, T, H, W).
+
+    Args:
+        one_pass: what one video takes in one pass; for a bound.
+    """
+
+    def run(remembering: _Remembering) -> None:
+        latents = torch.zeros(*latent_shape, device="meta")
+        way = _way(remembering, tiling, one_pass)
+        videos = []
+        for one in latents.split(1):
+            video = way.decode(one).float().clamp_(-1, 1)
+            torch.isfinite(video).all()
+            videos.append(video)
+        video = videos[0] if len(videos) == 1 else torch.cat(videos)
+        videos.clear()
+        images = video.permute(0, 2, 3, 4, 1).flatten(0, 1)
+        images = images.add(1.0).div_(2.0).clamp_(0.0, 1.0)
+
+    lead, tile = int(codec.grid.causal), None
+    if isinstance(tiling, Tiling):
+        frames = tiling.tile_frames // codec.grid.temporal + lead
+        sides = (min(size, tiling.tile_px // codec.grid.spatial) for size in latent_shape[3:])
+        tile = (1, latent_shape[1], min(latent_shape[2], frames), *sides)
+    return codec.watch(run, tile)
+
+
+def encode_cost(codec: _Remembering, shape: VideoShape, tiling: Coding, *, one_pass: Work | None = None) -> Cost:
+    """Of encoding a video of this size, in pixels of float32."""
+
+    def run(remembering: _Remembering) -> None:
+        video = torch.zeros(1, 3, shape.num_frames, shape.height_px, shape.width_px, device="meta")
+        _way(remembering, tiling, one_pass).moments(video)
+
+    tile = None
+    if isinstance(tiling, Tiling):
+        frames = min(shape.num_frames, tiling.tile_frames + int(codec.grid.causal))
+        tile = (1, 3, frames, min(shape.height_px, tiling.tile_px), min(shape.width_px, tiling.tile_px))
+    return codec.watch(run, tile)
+
+
+def _way(codec: _Remembering, coding: Coding, one_pass: Work | None) -> Any:
+    if coding is None:
+        return codec
+    if isinstance(coding, Tiling):
+        return tiled(codec, coding)
+    assert coding.budget_bytes is not None
+    assert one_pass is not None
+    return _Exact(codec, coding.budget_bytes, one_pass)
+
+
+def sample_cost(
+    family: Family,
+    config: Config,
+    network: nn.Module,
+    latent_shape: Sequence[int],
+    *,
+    widths: tuple[int, int],
+    num_text_tokens: int,
+    guided: bool,
+    batched: bool,
+    at_once: int,
+) -> Cost:
+    """Of one evaluation of the denoiser for a batch of latents (B, C, T, H, W), ``at_once`` samples a forward."""
+    model = VideoModel.of(family.name, config, network)
+    batch, channels = latent_shape[:2]
+    size = min(at_once, batch)
+    told = _conditioning(config, channels, (size, *latent_shape[1:]), widths, num_text_tokens, padded=False)
+    t = torch.tensor(0.5, dtype=torch.float64)
+
+    def run(x: Tensor, *others: Tensor) -> None:
+        part = x[:size]
+        if not guided:
+            denoiser(model, told)(part, t)
+            return
+        if batched:
+            longer = _conditioning(config, channels, (size, *latent_shape[1:]), widths, num_text_tokens, padded=True)
+            first, second = denoiser_pair(model, longer, longer)
+        else:
+            first = second = denoiser(model, told)
+        cfg(first, second, 6.0)(part, t)
+
+    # What a sampler has besides: the noise or the x0 before, and what the samples before this one gave.
+    latents = [torch.zeros(*latent_shape, device="meta") for _ in range(3)]
+    cost = cost_of(run, *latents, modules=[network])
+    return replace(cost, work=cost.work * (batch / size))
+
+
+def _conditioning(
+    config: Config, channels: int, shape: Sequence[int], widths: tuple[int, int], num_tokens: int, *, padded: bool
+) -> Conditioning:
+    batch = shape[0]
+    more = getattr(config, "in_channels", channels) - channels
+    with torch.device("meta"):
+        return Conditioning(
+            context=torch.zeros(batch, num_tokens, widths[0]),
+            context_mask=torch.zeros(batch, num_tokens, dtype=torch.bool) if padded else None,
+            pooled=torch.zeros(batch, widths[1]),
+            concat=torch.zeros(batch, more, *shape[2:]) if more > 0 else None,
+            scalars={"guidance": torch.zeros(batch)},
+        )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Plans for one model; what was found out of a size is kept.
+
+    Args:
+        headers, found: as ``bundle.find_parts`` gives them. Parts that are missing are left out of the plan.
+        baseline_bytes: what the process takes before anything is loaded; None: what it takes now, and what the
+            libraries will add.
+    """
+
+    def __init__(
+        self,
+        headers: Mapping[str, Header],
+        found: Mapping[str, Found],
+        *,
+        device: torch.device | str = "cpu",
+        rates: Rates | None = None,
+        baseline_bytes: int | None = None,
+    ) -> None:
+        self.headers, self.found = dict(headers), dict(found)
+        self.device = torch.device(device)
+        self.rates = known_rates(self.device) if rates is None else rates
+        libraries = LIBRARY_BYTES if self.device.type == "cpu" else 0
+        now = memory_in_use(self.device) + libraries
+        self.baseline_bytes = now if baseline_bytes is None else baseline_bytes
+        self.family = next(iter(self.found.values())).family
+        self._known: dict[Any, Any] = {}
+
+    def plan(self, wish: Wish, budget_bytes: int | None = None) -> Plan:
+        """The fastest way within the budget; ``fits`` is false where there is none."""
+        free = room_on(self.device) + memory_in_use(self.device)
+        budget = free if budget_bytes is None else budget_bytes
+        shape = wish.shape
+        subject = {
+            "family": self.family.name,
+            "frames": shape.num_frames,
+            "width": shape.width_px,
+            "height": shape.height_px,
+            "videos": wish.num_videos,
+            "steps": wish.num_steps,
+            "device": str(self.device),
+        }
+        return choose(self.stages(wish), budget, self.rates, baseline_bytes=self.baseline_bytes, subject=subject)
+
+    def check(self, wish: Wish, budget_bytes: int | None = None) -> Plan:
+        """:meth:`plan`; SettingsError with the nearest sizes that fit where there is no way."""
+        plan = self.plan(wish, budget_bytes)
+        if plan.fits:
+            return plan
+
+        raise too_large(wish.shape, plan, self.nearest(wish, plan.budget_bytes))
+
+    def nearest(self, wish: Wish, budget_bytes: int) -> list[VideoShape]:
+        """The longest video of this size that fits, and the largest of this length."""
+
+        def fits(shape: VideoShape) -> bool:
+            return least(self.stages(replace(wish, shape=shape)), self.baseline_bytes) <= budget_bytes
+
+        patch = self.family.patch(self.found["network"].config) if "network" in self.found else (1, 1, 1)
+        return nearest_sizes(wish.shape, self.grid, patch, fits)
+
+    @cached_property
+    def grid(self) -> Grid:
+        return self.family.grid(self.found["codec"].config)
+
+    def stages(self, wish: Wish) -> list[StageWays]:
+        """The stages of a render and the ways each can go, the fastest first."""
+        parts = [part for part in self.found if part in self.family.text.parts]
+        stages = []
+        if parts:
+            stages.append(StageWays(name="encode prompt", ways=self._text_ways(parts, wish)))
+        if wish.encodes_frames and "codec" in self.found:
+            stages.append(StageWays(name="encode video", ways=self._codec_ways(wish, "encode")))
+        if "network" in self.found:
+            stages.append(StageWays(name="sample", ways=self._sample_ways(wish)))
+        if wish.decodes and "codec" in self.found:
+            stages.append(StageWays(name="decode", ways=self._codec_ways(wish, "decode")))
+            stages.append(StageWays(name="write", ways=[self._write_way(wish)]))
+        return stages
+
+    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def _weights(self, part: str, wish: Wish, *, streamed: bool = False) -> _Weights:
+        key = "weights", part, wish.dtype, wish.storage, streamed
+        header, found = self.headers[part], self.found[part]
+        return self._kept(key, lambda: _Weights.of(header, found, self.device, wish, streamed=streamed))
+
+    # --- text
+
+    def _text_ways(self, parts: Sequence[str], wish: Wish) -> list[Way]:
+        files: TextFiles = {part: (self.headers[part], self.found[part]) for part in parts}
+        config = text_config_of(files)
+        tokens = wish.num_text_tokens
+        times = 2 if wish.guided else 1
+        passing, flops = self.family.text.activation(config, tokens)
+        ways = []
+        for streamed in (False, True):
+            weights = [self._weights(part, wish, streamed=streamed) for part in parts]
+            blocks = [one for one in weights if one.blocks]
+            if streamed and not blocks:
+                continue
+            loaded = touched = staging = 0
+            for one in weights:
+                stays = one.num_bytes
+                if streamed and one.blocks:
+                    _, stays, more = one.streamed(0)
+                    staging = max(staging, more)
+                loaded += 0 if one.is_mapped else stays
+                touched += stays if one.is_mapped else 0
+            ways.append(
+                Way(
+                    name="streamed" if streamed else "resident",
+                    why="the encoders' layers are read as they run, and nothing of them is left when the network comes"
+                    if streamed
+                    else "the encoders' weights stay in memory",
+                    passing=lambda staging=staging: staging + passing,
+                    work=lambda: Work({"linear": times * flops}),
+                    loaded=loaded,
+                    touched=touched,
+                    read=float(sum(one.file_bytes for one in weights) * (times if streamed else 1)),
+                    settings={"stream": streamed},
+                )
+            )
+        return ways
+
+    # --- network
+
+    def _sample_ways(self, wish: Wish) -> list[Way]:
+        found = self.found["network"]
+        shape = wish.shape.latent_shape(self.grid) if "codec" in self.found else None
+        assert shape is not None, "the VAE says how large latents are"
+        latent_shape = (wish.num_videos, *shape)
+        at_once = 1 if self.device.type == "cpu" else wish.num_videos
+        widths = self._text_widths(found.config)
+        batchings = [True, False] if wish.guided and wish.may_batch else [False]
+
+        def cost(batched: bool) -> Cost:
+            key = "sample", latent_shape, wish.num_text_tokens, wish.guided, batched, wish.dtype
+            network = self._weights("network", wish).module
+            return self._kept(
+                key,
+                lambda: sample_cost(
+                    self.family,
+                    found.config,
+                    network,
+                    latent_shape,
+                    widths=widths,
+                    num_text_tokens=wish.num_text_tokens,
+                    guided=wish.guided,
+                    batched=batched,
+                    at_once=at_once,
+                ),
+            )
+
+        steps = wish.num_steps * wish.evaluations
+        ways = []
+        for num_kept, weights, room, stays, staging in self._network_places(wish):
+            number = len(weights.blocks)
+            for batched in batchings:
+                where = "weights stay in memory" if num_kept == number else f"{num_kept} of {number} blocks stay"
+                halves = ", with and without the prompt " + ("in one forward" if batched else "one after the other")
+                read = weights.file_bytes + (steps - 1) * sum(weights.file_blocks) * (1 - num_kept / max(1, number))
+                ways.append(
+                    Way(
+                        name=("resident" if num_kept == number else "streamed") + (", batched" if batched else ""),
+                        why=where + (halves if wish.guided else "") + "; attention keeps no scores",
+                        passing=lambda staging=staging, batched=batched: staging + cost(batched).peak,
+                        work=lambda batched=batched: cost(batched).work * steps,
+                        loaded=0 if weights.is_mapped else stays,
+                        touched=stays if weights.is_mapped else 0,
+                        read=read,
+                        settings={"cfg_batched": batched, "room": room, "stream": room is not None},
+                    )
+                )
+        return ways
+
+    def _network_places(self, wish: Wish) -> list[tuple[int, _Weights, int | None, int, int]]:
+        """(blocks that stay, weights, room to load them with, bytes that stay, bytes that pass), the most first."""
+        resident = self._weights("network", wish)
+        places: list[tuple[int, _Weights, int | None, int, int]] = [
+            (len(resident.blocks), resident, None, resident.num_bytes, 0)
+        ]
+        weights = self._weights("network", wish, streamed=True)
+        number = len(weights.blocks)
+        for num_kept in sorted({number * share // 8 for share in range(8)}, reverse=True):
+            room, stays, passing = weights.streamed(num_kept)
+            if room < weights.num_bytes:
+                places.append((num_kept, weights, room, stays, passing))
+        return places
+
+    def _text_widths(self, config: Config) -> tuple[int, int]:
+        parts = {part: (self.headers[part], found) for part, found in self.found.items()}
+        parts = {part: item for part, item in parts.items() if part in self.family.text.parts}
+        if parts:
+            return self.family.text.widths(text_config_of(parts))
+        return config.text_width, config.pooled_width
+
+    # --- codec
+
+    def _codec_ways(self, wish: Wish, what: str) -> list[Way]:
+        shape = wish.shape
+        weights = self._weights("codec", wish)
+        if what == "encode":
+            shape = replace(shape, num_frames=wish.encodes_frames)
+        remembering = self._kept(
+            ("codec", wish.dtype),
+            lambda: _Remembering(self.family.codec(weights.module, self.found["codec"].config), weights.module),
+        )
+
+        codec_dtype = remembering.dtype
+
+        def one_pass() -> Cost:
+            return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
+
+        codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
+        codings += self._exact(remembering, what, shape)
+        for tiling in self._tilings(shape):
+            name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
+            codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
+        # The first stage that uses the codec brings its weights.
+        is_first = what == "encode" or not wish.encodes_frames
+        ways = []
+        for name, why, coding, times in codings:
+
+            def cost(coding: Coding = coding, times: float = times) -> Cost:
+                work = one_pass().work * times if isinstance(coding, Bound) else None
+                if what == "encode":
+                    return self._kept(
+                        (what, shape, coding, codec_dtype),
+                        lambda: encode_cost(remembering, shape, coding, one_pass=work),
+                    )
+                latent_shape = (wish.num_videos, *shape.latent_shape(self.grid))
+                return self._kept(
+                    (what, latent_shape, coding, codec_dtype),
+                    lambda: decode_cost(remembering, latent_shape, coding, one_pass=work),
+                )
+
+            ways.append(
+                Way(
+                    name=name,
+                    why=why,
+                    passing=lambda cost=cost: cost().peak + (one_pass().weights if weights.is_mapped else 0),
+                    work=lambda cost=cost: cost().work,
+                    loaded=weights.num_bytes if is_first and not weights.is_mapped else 0,
+                    settings={"tiling": coding},
+                )
+            )
+        return ways
+
+    def _one_pass(self, codec: _Remembering, what: str, shape: VideoShape) -> Cost:
+        """Of one video; its memory is not asked for where it is bounded."""
+        if what == "encode":
+            return encode_cost(codec, shape, None)
+        return decode_cost(codec, (1, *shape.latent_shape(self.grid)), None)
+
+    def _exact(self, codec: _Remembering, what: str, shape: VideoShape) -> list[tuple[str, str, Coding, float]]:
+        """Bounds within which this video can be coded exactly, the fastest first."""
+        layered = codec.layered
+        if layered is None:
+            return []
+        direction: Direction = "encode" if what == "encode" else "decode"
+
+        def reckon() -> list[tuple[str, str, Coding, float]]:
+            smallest = smallest_budget(layered, direction, shape)
+            found = []
+            for times in (4.0, 2.0, 1.4, 1.0):
+                bound = math.ceil(times * smallest)
+                cost = plan_exact(layered, direction, shape, bound).relative_cost
+                why = f"what one pass gives, at {cost:.1f} times its work"
+                found.append((f"exact within {bound / 1e6:.0f} MB", why, Bound(budget_bytes=bound), cost))
+            return found
+
+        return self._kept(("exact", what, shape, codec.dtype), reckon)
+
+    def _tilings(self, shape: VideoShape) -> list[Tiling]:
+        """That cut this video; those of one size are left out."""
+        found = []
+        for tile_px, tile_frames in TILES:
+            if max(shape.height_px, shape.width_px) <= tile_px and shape.num_frames <= tile_frames:
+                continue
+            found.append(_tiling(tile_px, tile_frames, self.grid))
+        return found
+
+    def _write_way(self, wish: Wish) -> Way:
+        shape = wish.shape
+        video = 4 * 3 * wish.num_videos * shape.num_frames * shape.height_px * shape.width_px
+        frame = 4 * 3 * shape.height_px * shape.width_px
+        return Way(
+            name="frame by frame",
+            why="frames go to ffmpeg one at a time, which is a process of its own",
+            passing=lambda: video + 6 * frame,
+            work=lambda: Work(moved=8.0 * video, num_ops=6 * shape.num_frames),
+        )
+
+
+def _tiling(tile_px: int, tile_frames: int, grid: Grid) -> Tiling:
+    def stride(size: int, step: int) -> int:
+        return max(step, math.floor(FRAME_SHARE * size / step) * step)
+
+    return Tiling(
+        tile_px=tile_px,
+        stride_px=stride(tile_px, grid.spatial),
+        tile_frames=tile_frames,
+        stride_frames=stride(tile_frames, grid.temporal),
+    )
+
+
+def plan_video(
+    headers: Mapping[str, Header], found: Mapping[str, Found], wish: Mapping[str, Any], budget_bytes: int | None = None
+) -> dict[str, Any]:
+    """:meth:`Planner.plan` for a program: plain values in, plain values out.
+
+    Args:
+        wish: width, height, frames, and any field of :class:`Wish` by name.
+
+    Returns:
+        ``Plan.to_dict``, with ``nearest``: the sizes that fit where this one does not.
+    """
+    fields = {name: value for name, value in wish.items() if name in Wish.__dataclass_fields__ and name != "shape"}
+    shape = VideoShape(num_frames=wish["frames"], height_px=wish["height"], width_px=wish["width"])
+    planner = Planner(headers, found)
+    asked = Wish(shape=shape, **fields)
+    plan = planner.plan(asked, budget_bytes)
+    nearest = [] if plan.fits else planner.nearest(asked, plan.budget_bytes)
+    sizes = [{"frames": one.num_frames, "width": one.width_px, "height": one.height_px} for one in nearest]
+    return plan.to_dict() | {"nearest": sizes}
