@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from vidgen.vidgen_core.memory import compiled as compiling
 from vidgen.vidgen_core.memory.cancel import is_compiled, watched
 from vidgen.vidgen_core.memory.compiled import MODES, compiled, why_not
 from vidgen.vidgen_core.memory.host import LocalHost
-from vidgen.vidgen_core.model import VideoModel, load_network
+from vidgen.vidgen_core.model import VideoModel, load_network, open_part
 from vidgen.vidgen_core.types import Conditioning
+from vidgen.vidgen_core.weights.load import load_module
 from vidgen.vidgen_core.weights.lora import read_lora
+from vidgen.vidgen_core.weights.quantise import QuantisedLinear
 
 CONFIG = NetworkConfig(
     hidden_size=32,
@@ -46,13 +49,23 @@ FUSED = {"atol": 1e-5, "rtol": 1e-4}
 """of numbers about 1: the compiler adds and rounds in another order"""
 
 
-@pytest.fixture(scope="module")
-def weights() -> dict[str, Tensor]:
+def weights_of(config: NetworkConfig) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    network = HunyuanVideoTransformer(CONFIG)
+    network = HunyuanVideoTransformer(config)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
     return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return weights_of(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def both_kinds() -> dict[str, Tensor]:
+    """Of a network that a file without metadata is recognised as."""
+    return weights_of(replace(CONFIG, num_double_blocks=1, num_single_blocks=1))
 
 
 @pytest.fixture
@@ -190,19 +203,22 @@ def test_a_lora_at_run_time_keeps_its_block_from_being_compiled(
 
 @pytest.mark.parametrize(("kind", "packing"), [("float8_scaled", ""), ("gguf", "Q8_0")])
 def test_quantised_layers_are_compiled_or_run_as_they_are(
-    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, kind: str, packing: str
+    published: Callable[..., Path], both_kinds: dict[str, Tensor], tmp_path: Path, kind: str, packing: str
 ) -> None:
-    path = published(kind, tmp_path, weights, packing=packing or "Q8_0")
-    model = load_network(path, dtype=None, device="cpu")
+    header, found = open_part(published(kind, tmp_path, both_kinds, packing=packing or "Q8_0"), "network")
+    part = found.family.parts["network"]
+    network = load_module(header, lambda: part.build(found.config, header.metadata), dtype=torch.float32)
+    assert sum(isinstance(module, QuantisedLinear) for module in network.modules()) > 10
+    model = VideoModel.of("hunyuan", found.config, network)
     expected = run(model, num_steps=1)
     torch.testing.assert_close(run(model.with_compile(), num_steps=1), expected, **FUSED)
     torch.testing.assert_close(run(model, num_steps=1), expected, atol=0, rtol=0)
 
 
 def test_streamed_blocks_are_refused_with_a_note(
-    published: Callable[..., Path], weights: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    published: Callable[..., Path], both_kinds: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = load_network(published("safetensors", tmp_path, weights), stream=True)
+    model = load_network(published("safetensors", tmp_path, both_kinds), stream=True)
     expected = run(model)
     with caplog.at_level(logging.WARNING, logger="vidgen"):
         assert torch.equal(run(model.with_compile()), expected)

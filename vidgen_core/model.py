@@ -172,7 +172,9 @@ class VideoModel:
         with contextlib.ExitStack() as stack:
             if self.loras:
                 before = self.network.config
-                stack.enter_context(apply_loras(self.network, self._uses()))
+                with torch.inference_mode(False):  # merged weights like any others, or compiled blocks compile again
+                    applied = apply_loras(self.network, self._uses())
+                stack.enter_context(applied)
                 self.network.config = self.config  # a LoRA may have enlarged the input
                 stack.callback(setattr, self.network, "config", before)
             stack.enter_context(stretched_time(self._stretch()))
