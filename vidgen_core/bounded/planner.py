@@ -17,7 +17,7 @@ from ..errors import SettingsError
 from ..nn.strips import Block, CausalAttention, ConvLayer, Layer, Residual, Size, slab_bytes
 from .volumes import row_bytes
 
-WORK_BYTES = 48 << 20
+WORK_BYTES = 24 << 20
 """What a strip may take; larger ones gain nothing."""
 LONGEST = 6
 """Blocks in one segment: an upsampling, the residual blocks after it and the last convolution."""
