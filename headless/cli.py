@@ -185,7 +185,7 @@ def _add_plan(commands: Any) -> None:
         description="Say which way each stage of a workflow will go, what memory it takes and about how long, and "
         "which sizes fit where this one does not. Nothing is loaded.",
     )
-    parser.add_argument("file", type=Path, nargs="?", help="a workflow as ComfyUI saves or exports it, or a video that carries one")
+    parser.add_argument("file", type=Path, nargs="?", help="a workflow in either format, or a video that carries one")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine first, for the estimate of time")
     parser.add_argument("--json", action="store_true", help="for programs")
     _add_set(parser)
