@@ -536,7 +536,7 @@ def network_of(
     auto = stream is None
     room = None if budget is None else room_for_weights(header, found, device, budget)
     if stream is None and planned("sample", "stream") is not None:
-        stream, room = planned("sample", "stream"), planned("sample", "room")
+        stream, room = bool(planned("sample", "stream")), planned("sample", "room")
     elif stream is None:
         stream = budget is not None or must_stream(header, device, storage=storage)
         if stream and budget is None:
@@ -549,7 +549,7 @@ def network_of(
         found.family.blocks,
         dtype=dtype,
         device=device,
-        stream=stream,
+        stream=bool(stream),
         may_stream=auto,
         storage=storage,
         room=room,

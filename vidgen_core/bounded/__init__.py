@@ -7,7 +7,7 @@ again: :mod:`.planner` decides. Nothing is blended, so there is no seam that cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -156,7 +156,7 @@ class ExactCodec:
         return self._all(latents, chain)
 
     @torch.no_grad()
-    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+    def frames(self, latents: Tensor) -> Generator[Tensor, None, None]:
         """The video of one sample's latents as (3, n, H, W), a few frames at a time and in order.
 
         Only a few finished frames are in memory at a time.

@@ -166,7 +166,8 @@ class _Planner:
         return int(best[-1])
 
     def cheapest(self, limit: int) -> Plan | None:
-        best: list[tuple[float, tuple[Segment, ...]] | None] = [(0.0, ())] + [None] * len(self.blocks)
+        best: list[tuple[float, tuple[Segment, ...]] | None] = [None] * (len(self.blocks) + 1)
+        best[0] = (0.0, ())
         for start, stop, keeps_inner in self._cuts():
             before = best[start]
             if before is None:
@@ -177,9 +178,10 @@ class _Planner:
             cost, known = before[0] + segment.cost, best[stop]
             if known is None or cost < known[0]:
                 best[stop] = cost, (*before[1], segment)
-        if best[-1] is None:
+        final = best[len(self.blocks)]
+        if final is None:
             return None
-        segments = best[-1][1]
+        segments: tuple[Segment, ...] = final[1]
         macs = sum(block.macs(size) * self.sizes[i + 1].rows for i, (block, size) in self._local())
         run = sum(self._macs(one, segment.start) for segment in segments for one in segment.passes)
         return Plan(

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -175,7 +175,8 @@ class FilePieces:
             self.count = 0
 
     def write(self, piece: int, first: int, frames: Tensor) -> None:
-        data = memoryview(frames.contiguous().cpu().view(torch.uint8).numpy()).cast("B")
+        pixels: Any = frames.contiguous().cpu().view(torch.uint8).numpy()
+        data = memoryview(pixels).cast("B")
         self.file.seek(piece * self.piece_bytes + first * self.frame_bytes)
         try:
             while data:
@@ -186,7 +187,8 @@ class FilePieces:
     def read(self, piece: int, frames: Rows) -> Tensor:
         length = frames[1] - frames[0]
         out = torch.empty(length * self.frame_bytes, dtype=torch.uint8)
-        view, start = memoryview(out.numpy()), 0
+        bytes_of: Any = out.numpy()
+        view, start = memoryview(bytes_of), 0
         self.file.seek(piece * self.piece_bytes + frames[0] * self.frame_bytes)
         while start < len(view):
             count = self.file.readinto(view[start:])  # type: ignore[attr-defined]  # an unbuffered file has it
@@ -249,12 +251,13 @@ class Store:
         if self.spill == "ram":
             return MemoryPieces(shape, self.dtype, torch.device("cpu"))
         if shape not in self.files:
+            folder = Path(self.spill)
             try:
-                file = tempfile.TemporaryFile(prefix="vidgen-", dir=self.spill, buffering=0)  # noqa: SIM115
+                file = tempfile.TemporaryFile(prefix="vidgen-", dir=folder, buffering=0)  # noqa: SIM115
             except OSError as error:
-                raise no_room(self.spill, str(error.strerror)) from error
+                raise no_room(folder, str(error.strerror)) from error
             self.open.append(file)
-            self.files[shape] = FilePieces(file, self.spill, shape, self.dtype)
+            self.files[shape] = FilePieces(file, folder, shape, self.dtype)
         return self.files[shape]
 
     def tidy(self) -> None:
