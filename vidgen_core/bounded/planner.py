@@ -210,7 +210,7 @@ class _Planner:
                 if self.job.in_time_order and stop == last and start < last - 1:
                     break
                 yield start, stop, False
-                if isinstance(inside[-1], Residual):
+                if isinstance(self.blocks[stop - 1], Residual):
                     yield start, stop, True
 
     def _passes(self, start: int, stop: int, keeps_inner: bool) -> tuple[Pass, ...]:
