@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..memory.stream import BlockStream
+from .empty import built_empty
 from .files import MappedFile, PlainFile
 from .layout import Layout
 from .packing import PACKINGS, unpack
@@ -47,8 +48,7 @@ def load_module(
     Raises:
         CheckpointError: a weight is missing, unknown, of another shape or not finite. The message names it.
     """
-    with torch.device("meta"):
-        module = build()
+    module = built_empty(build)
     check_scales(header)
     stored = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in _stored_places(header).items()}
     native = stored if layout is None else layout.to_native(stored)
