@@ -16,6 +16,7 @@ from ..memory.cancel import check_cancelled
 from ..memory.oom import is_out_of_memory
 from ..memory.place import Storage, prepare_storage, resident_blocks, too_small
 from ..memory.stream import BlockStream, DeviceFeed, Feed, FileFeed, flat_bytes
+from .empty import built_empty
 from .files import MappedFile, PlainFile
 from .layout import Layout
 from .packing import PACKINGS, unpack
@@ -63,8 +64,7 @@ def load_module(
         CheckpointError: a weight is missing, unknown, of another shape or not finite. The message names it.
         SettingsError: ``room`` is too small even with every block streamed.
     """
-    with torch.device("meta"):
-        module = build()
+    module = built_empty(build)
     check_scales(header)
     places = _stored_places(header)
     in_file = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in places.items()}
