@@ -44,6 +44,10 @@ Coding = Tiling | Bound | None
 """in tiles, exactly within a bound, or in one pass"""
 LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
+CODEC_BYTES = 5_000_000
+"""code that convolutions bring into memory when they first run"""
+EXACT_BYTES = 8_000_000
+"""what coding within a bound leaves between its strips"""
 FRAME_SHARE = 0.75
 """stride of tiles over their size, as HunyuanVideo has it"""
 TILES = ((256, 64), (256, 32), (128, 32), (128, 16), (64, 16), (64, 8))
@@ -584,11 +588,14 @@ class Planner:
                     lambda: decode_cost(remembering, latent_shape, coding, one_pass=work),
                 )
 
+            more = CODEC_BYTES + (EXACT_BYTES if isinstance(coding, Bound) else 0)
             ways.append(
                 Way(
                     name=name,
                     why=why,
-                    passing=lambda cost=cost: cost().peak + (one_pass().weights if weights.is_mapped else 0),
+                    passing=lambda cost=cost, more=more: (
+                        cost().peak + more + (one_pass().weights if weights.is_mapped else 0)
+                    ),
                     work=lambda cost=cost: cost().work,
                     loaded=weights.num_bytes if is_first and not weights.is_mapped else 0,
                     settings={"tiling": coding},
