@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import vidgen
@@ -106,6 +107,30 @@ def test_same_seed_same_file_other_seed_other_file(tiny_bundle_dir: Path, tmp_pa
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     first, other = (read_video(tmp_path / f"{name}.mp4")[0] for name in ("a", "c"))
     assert (first != other).any()
+
+
+def test_generate_decodes_exactly_into_the_file(
+    tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, one_piece = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    options = ["--frames", "9", "--size", "32x48", "--steps", "1", "--crf", "0", "-q"]
+    exact = ["--decode", "exact_disk", "--decode-memory", "0.1", "--scratch", str(tmp_path)]
+    assert generate(tiny_bundle_dir, out, *options, *exact) == 0
+    assert generate(tiny_bundle_dir, one_piece, *options) == 0
+    ours, theirs = read_video(out)[0], read_video(one_piece)[0]
+    assert ours.shape == (9, 48, 32, 3)
+    assert np.abs(ours.astype(int) - theirs).max() <= 1  # a value that lies between two levels may go to either
+    inputs = json.loads(read_metadata(out)["prompt"])["7"]["inputs"]
+    assert (inputs["method"], inputs["memory_gb"]) == ("exact_disk", 0.1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+    capsys.readouterr()
+    for bad, words in (
+        (["--decode", "exact", "--decode-memory", "0.0001"], "at least"),
+        (["--decode-memory", "1"], "Tiles have no bound"),
+        (["--decode", "exact_disk", "--scratch", str(tmp_path / "missing")], "does not exist"),
+    ):
+        assert generate(tiny_bundle_dir, out, *options, *bad) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_a_single_frame_takes_the_template_for_images(tiny_bundle_dir: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vidgen.nodes.embeddings import LoadEmbeddings, SaveEmbeddings
 from vidgen.nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
 from vidgen.nodes.sampling import EmptyLatent, Sampler
 from vidgen.nodes.text import EncodePrompt
-from vidgen.nodes.video import Decode, EncodeVideo, LoadVideo, SaveVideo
+from vidgen.nodes.video import Decode, DecodeSave, EncodeVideo, LoadVideo, SaveVideo
 from vidgen.vidgen_core.errors import CheckpointError, FileError, SettingsError
 from vidgen.vidgen_core.generate import Sampling, generate, load_bundle
 from vidgen.vidgen_core.media import read_metadata, read_video, video_to_images
@@ -208,6 +208,23 @@ def test_auto_is_what_the_checkpoint_recommends(parts: tuple[Any, Any, Any]) -> 
         for settings in (explicit, auto)
     )
     assert torch.equal(expected["samples"], found["samples"])
+
+
+def test_exact_methods_give_what_one_piece_gives(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    latent = {"samples": torch.randn(2, *empty(parts)["samples"].shape[1:])}
+    (whole,) = Decode().decode(parts[1], latent, tile_size=0)
+    host = hosts.LocalNodeHost(output_folder=tmp_path)
+    with hosts.using(host):
+        for method, memory_gb in (("exact", 0.0), ("exact_disk", 0.1)):
+            (images,) = Decode().decode(parts[1], latent, method=method, memory_gb=memory_gb)
+            torch.testing.assert_close(images, whole, rtol=0, atol=1e-4)
+            (again,) = EncodeVideo().encode(parts[1], whole[:5], "strict", method=method, memory_gb=memory_gb)
+            (tiles,) = EncodeVideo().encode(parts[1], whole[:5], "strict")  # one tile is one piece
+            torch.testing.assert_close(again["samples"], tiles["samples"], rtol=0, atol=1e-3)
+        DecodeSave().save(parts[1], latent, 8.0, "exact", "mp4", 0, "exact", 0.0)
+    frames, _ = read_video(host.saved[0])
+    assert frames.shape == whole.shape
+    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
 
 
 def test_encode_video_crops_or_refuses(parts: tuple[Any, Any, Any]) -> None:

@@ -76,7 +76,7 @@ SIZES = {"hunyuan_inpaint": (64, 64), "hunyuan_outpaint": (32, 48)}
 
 
 def test_there_are_workflows() -> None:
-    tasks = ("t2v", "i2v", "v2v", "inpaint", "outpaint", "low_memory")
+    tasks = ("t2v", "i2v", "v2v", "inpaint", "outpaint", "low_memory", "exact_decode")
     assert {f"hunyuan_{task}" for task in tasks} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
 

@@ -8,6 +8,7 @@ keep every layer; long ones keep little and compute more. The cheapest cut that 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +17,7 @@ from ..errors import SettingsError
 from ..nn.strips import Block, CausalAttention, ConvLayer, Layer, Residual, Size, slab_bytes
 from .volumes import row_bytes
 
-WORK_BYTES = 48 << 20
+WORK_BYTES = 24 << 20
 """What a strip may take; larger ones gain nothing."""
 LONGEST = 6
 """Blocks in one segment: an upsampling, the residual blocks after it and the last convolution."""
@@ -257,16 +258,23 @@ class _Planner:
         best: tuple[Pass, int, float] | None = None
         height, given = one.size(self.sizes[start]).rows, self.sizes[start]
         for frames in sorted({min(frames, given.frames) for frames in FRAMES_AT_ONCE}, reverse=True):
-            for rows in sorted({min(rows, height) for rows in ROWS_AT_ONCE}, reverse=True):
+            known: dict[int, int] = {}
+
+            def fits(rows: int, frames: int = frames, known: dict[int, int] = known) -> bool:
                 tried = replace(one, rows=rows, frames=frames)
                 work = self._work(tried, start)
-                peak = work + self._kept(tried, start, stop, keeps_inner)
-                if peak > limit or (work > WORK_BYTES and rows > 1):
-                    continue
-                cost, tiles = self._cost(tried, start, stop)
-                if best is None or cost < best[2]:
-                    best = replace(tried, tiles=tiles), peak, cost
-                break  # fewer rows only compute more of them twice
+                known[rows] = work + self._kept(tried, start, stop, keeps_inner)
+                return known[rows] <= limit and (work <= WORK_BYTES or rows == 1)
+
+            choices = sorted({min(rows, height) for rows in ROWS_AT_ONCE})
+            # More rows take more memory, and fewer only compute more of them twice.
+            rows = choices[max(0, bisect_left(choices, True, key=lambda rows: not fits(rows)) - 1)]
+            if not fits(rows):
+                continue
+            tried = replace(one, rows=rows, frames=frames)
+            cost, tiles = self._cost(tried, start, stop)
+            if best is None or cost < best[2]:
+                best = replace(tried, tiles=tiles), known[rows], cost
         return best
 
     def _smallest(self, one: Pass, start: int, stop: int, keeps_inner: bool) -> int:

@@ -169,6 +169,7 @@ class Run:
             self.affines[one.collects] = statistics.affine()
 
     def _tick(self) -> None:
+        self.store.tidy()
         self.done += 1
         if self.on_tile is not None:
             self.on_tile(self.done, self.plan.tiles)

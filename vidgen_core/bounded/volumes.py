@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
@@ -201,6 +204,17 @@ def no_room(folder: Path, why: str) -> FileError:
     )
 
 
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's, which keeps what is freed; None where another allocator is at work."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
 class Store:
     """Makes volumes and holds their files; all of it is gone after :meth:`close`."""
 
@@ -242,6 +256,12 @@ class Store:
             self.open.append(file)
             self.files[shape] = FilePieces(file, self.spill, shape, self.dtype)
         return self.files[shape]
+
+    def tidy(self) -> None:
+        """Give the holes of the allocator back to the system: strips of many sizes leave as much again in them."""
+        trim = _malloc_trim()
+        if self.device.type == "cpu" and trim is not None:
+            trim(0)
 
     def close(self) -> None:
         for file in self.open:

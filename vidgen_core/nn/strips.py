@@ -175,7 +175,7 @@ class UpsampleLayer:
         made = math.prod(self.module.conv.steps) * frames * (reach[1] - reach[0] - 1) * (given.columns + 1)
         phases = made * self.module.conv.out_channels * itemsize
         taken = slab_bytes(given, self.halo(rows, given.rows), frames, itemsize)
-        return held, max(taken + window + phases, taken + 2 * phases) + 2 * self.weight_bytes
+        return held, max(taken + window + phases, taken + 2 * phases) + 3 * self.weight_bytes
 
     def macs(self, given: Size) -> int:
         out = self.size(given)
