@@ -430,7 +430,8 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.plan", description=__doc__.splitlines()[0])
+    about = "predicted and measured peaks of memory over many sizes, dtypes, budgets and stages"
+    parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.plan", description=about)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every combination")
     parser.add_argument("--only", default="", help="combinations whose name begins with one of these: decode,encode")
     parser.add_argument("--predict", action="store_true", help="only predict again what FILE has, but for budgets")
@@ -452,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     report |= {"torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench({"bundled": None, **write_models(Path(folder))})
-        if arguments.predict:
+        if arguments.predict and arguments.json is not None:
             predict_again(bench, arguments.json)
             return
         print(f"{'':<58}{'plan':>8}{'real':>8}{'ratio':>8}   MiB")

@@ -44,6 +44,10 @@ Coding = Tiling | Bound | None
 """in tiles, exactly within a bound, or in one pass"""
 LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
+CODEC_BYTES = 5_000_000
+"""code that convolutions bring into memory when they first run"""
+EXACT_BYTES = 8_000_000
+"""what coding within a bound leaves between its strips"""
 FRAME_SHARE = 0.75
 """stride of tiles over their size, as HunyuanVideo has it"""
 TILES = ((256, 64), (256, 32), (128, 32), (128, 16), (64, 16), (64, 8))
@@ -562,10 +566,13 @@ class Planner:
             return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
 
         codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
-        codings += self._exact(remembering, what, shape)
+        *bounds, smallest = self._exact(remembering, what, shape) or [None]
+        codings += bounds
         for tiling in self._tilings(shape):
             name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
             codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
+        if smallest is not None:
+            codings.append(smallest)  # slow, but nothing takes less
         # The first stage that uses the codec brings its weights.
         is_first = what == "encode" or not wish.encodes_frames
         ways = []
@@ -584,11 +591,14 @@ class Planner:
                     lambda: decode_cost(remembering, latent_shape, coding, one_pass=work),
                 )
 
+            more = CODEC_BYTES + (EXACT_BYTES if isinstance(coding, Bound) else 0)
             ways.append(
                 Way(
                     name=name,
                     why=why,
-                    passing=lambda cost=cost: cost().peak + (one_pass().weights if weights.is_mapped else 0),
+                    passing=lambda cost=cost, more=more: (
+                        cost().peak + more + (one_pass().weights if weights.is_mapped else 0)
+                    ),
                     work=lambda cost=cost: cost().work,
                     loaded=weights.num_bytes if is_first and not weights.is_mapped else 0,
                     settings={"tiling": coding},

@@ -221,6 +221,8 @@ def _round_up(number: int, step: int) -> int:
 
 _NATIVE_BELOW = 20480
 """batch x channels x frames x rows: torch gives smaller float32 convolutions to its own kernel, not to oneDNN"""
+_PICTURE = 4
+"""channels up to which a convolution is a first layer"""
 _BLOCK = 16
 """channels of oneDNN's blocked layouts with AVX-512"""
 
@@ -242,7 +244,8 @@ def _convolution(args: Any, kwargs: Any, out: Tensor) -> int:
     if x.dtype == torch.float32 and not large:
         columns = weight.shape[1] * groups * taps * out.shape[0] * math.prod(out.shape[2:]) * item
         return _bytes(out) + (columns if taps > 1 else 0)
-    blocked_in = _bytes(x) // x.shape[1] * _round_up(x.shape[1], _BLOCK)
+    # Pictures are read as they lie: a first layer has a kernel of its own.
+    blocked_in = 0 if x.shape[1] <= _PICTURE else _bytes(x) // x.shape[1] * _round_up(x.shape[1], _BLOCK)
     blocked_out = _bytes(out) // out.shape[1] * _round_up(out.shape[1], _BLOCK)
     blocked_weight = taps * _round_up(weight.shape[0], _BLOCK) * _round_up(weight.shape[1], _BLOCK) * item
     return blocked_weight + max(blocked_in + blocked_out, blocked_out + _bytes(out))
