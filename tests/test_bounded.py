@@ -25,8 +25,8 @@ from vidgen.vidgen_core.types import Grid, VideoShape
 
 CONFIG = CodecConfig(latent_channels=4, block_channels=(4, 8, 8, 8), layers_per_block=1, num_groups=2)
 PLENTY = 10**9
-SHAPES = [(1, 8, 8), (1, 24, 40), (9, 40, 24), (13, 16, 8)]
-"""frames, height, width: a picture, a single latent, sides of an odd number of latents"""
+SHAPES = [(1, 8, 24), (9, 40, 24), (13, 16, 8)]
+"""frames, height, width: a picture one latent high, and sides of an odd number of latents"""
 
 
 def codec_of(config: CodecConfig = CONFIG, dtype: torch.dtype = torch.float64) -> HunyuanCodec:

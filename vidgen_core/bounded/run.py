@@ -15,6 +15,10 @@ OnTile = Callable[[int, int], None]
 """``(done, total)`` after each strip of each slab; may raise to stop."""
 
 
+TIDY_BYTES = 2 << 20
+"""After so much was read for strips, the allocator's holes are given back."""
+
+
 class Run:
     """One video through one chain of blocks."""
 
@@ -22,6 +26,7 @@ class Run:
         self.job, self.plan, self.store = job, plan, store
         self.on_tile = on_tile
         self.done = 0
+        self.read_bytes = 0
         self.affines: dict[Layer | CausalAttention, Affine] = {}
 
     def whole(self, given: Input, result: Tensor) -> None:
@@ -42,7 +47,7 @@ class Run:
             slab = torch.empty(last - first, *out[2:], out.channels, dtype=self.store.dtype, device=self.store.device)
             for rows in _strips(out.rows, one.rows):
                 strip = layer.strip(size, rows, self.affines)
-                made = strip.push(source.read(strip.rows, (begin, last)))
+                made = strip.push(self._read(source, strip.rows, (begin, last)))
                 assert made is not None
                 slab[:, slice(*rows)] = made[first - begin :]
                 del made
@@ -108,7 +113,7 @@ class Run:
         if one.stores == "result":
             source.release(strip.rows[0])
         for slab in _strips(given.frames, one.frames):
-            made = strip.push(source.read(strip.rows, slab))
+            made = strip.push(self._read(source, strip.rows, slab))
             self._tick()
             if made is not None:
                 yield made
@@ -123,9 +128,9 @@ class Run:
         inner.release(second.rows[0])
         first = 0
         for slab in _strips(given.frames, one.frames):
-            skip = strip.push(source.read(strip.rows, slab))
+            skip = strip.push(self._read(source, strip.rows, slab))
             if skip is not None:
-                made = second.push(inner.read(second.rows, (first, first + len(skip))))
+                made = second.push(self._read(inner, second.rows, (first, first + len(skip))))
                 assert made is not None
                 first += len(skip)
                 add_skip(made, skip, shortcut)
@@ -146,17 +151,19 @@ class Run:
         keys, values = self._volume(size), self._volume(size)
         for rows in _strips(size.rows, one.rows):
             for slab in _strips(size.frames, 1):
-                tokens = normalised(x.read(rows, slab))
+                tokens = normalised(self._read(x, rows, slab))
                 keys.write(rows, slab[0], block.to_k(tokens))
                 values.write(rows, slab[0], block.to_v(tokens))
             self._tick()
         for rows in _strips(size.rows, one.rows):
             for slab in _strips(size.frames, 1):
-                frames = x.read(rows, slab)
+                frames = self._read(x, rows, slab)
                 softmax = SoftmaxOverParts(block.to_q(normalised(frames)).flatten(0, 2))
                 seen = 0, slab[1]
                 for some in _strips(size.rows, max(1, KEYS_AT_ONCE // (slab[1] * size.columns))):
-                    softmax.add(keys.read(some, seen).flatten(0, 2), values.read(some, seen).flatten(0, 2))
+                    softmax.add(
+                        self._read(keys, some, seen).flatten(0, 2), self._read(values, some, seen).flatten(0, 2)
+                    )
                 made = frames + block.to_out(softmax.result().to(frames.dtype)).view_as(frames)
                 if statistics is not None:
                     statistics.add(made)
@@ -168,8 +175,15 @@ class Run:
             assert one.collects is not None
             self.affines[one.collects] = statistics.affine()
 
+    def _read(self, source: Source, rows: Rows, frames: Rows) -> Tensor:
+        part = source.read(rows, frames)
+        self.read_bytes += part.numel() * part.element_size()
+        return part
+
     def _tick(self) -> None:
-        self.store.tidy()
+        if self.read_bytes >= TIDY_BYTES:  # small strips leave small holes, and there are many of them
+            self.store.tidy()
+            self.read_bytes = 0
         self.done += 1
         if self.on_tile is not None:
             self.on_tile(self.done, self.plan.tiles)
