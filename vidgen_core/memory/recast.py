@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ def recast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     What was there before is kept in main memory meanwhile: on a GPU the new weights take its place.
     """
-    kept: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for owner in module.modules():
-            for table in (owner._parameters, owner._buffers):
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.dtype in DENSE and tensor.dtype != dtype:
                         kept.append((table, name, tensor.detach().cpu() if not tensor.is_cpu else tensor))
@@ -40,7 +42,6 @@ def recast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for table, name, tensor in kept:
             now = table[name]
-            assert now is not None
             table[name] = tensor if now.is_cpu else _like(now, tensor.to(now.device))
 
 
