@@ -32,7 +32,7 @@ def recast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for owner in module.modules():
-            tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
             for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.dtype in DENSE and tensor.dtype != dtype:
@@ -42,7 +42,6 @@ def recast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for table, name, tensor in kept:
             now = table[name]
-            assert now is not None
             table[name] = tensor if now.is_cpu else _like(now, tensor.to(now.device))
 
 
