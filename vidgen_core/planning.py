@@ -322,7 +322,11 @@ def sample_cost(
             longer = _conditioning(config, channels, (size, *latent_shape[1:]), widths, num_text_tokens, padded=True)
             first, second = denoiser_pair(model, longer, longer)
         else:
-            first = second = denoiser(model, told)
+            # The negative prompt has another length, for which tables and kernels are made and kept besides.
+            shorter = _conditioning(
+                config, channels, (size, *latent_shape[1:]), widths, max(1, num_text_tokens // 2), padded=False
+            )
+            first, second = denoiser(model, told), denoiser(model, shorter)
         cfg(first, second, 6.0)(part, t)
 
     # What a sampler has besides: the noise or the x0 before, and what the samples before this one gave.
