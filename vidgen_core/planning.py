@@ -556,13 +556,12 @@ class Planner:
             return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
 
         codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
-        *bounds, smallest = self._exact(remembering, what, shape) or [None]
-        codings += bounds
+        bounds = self._exact(remembering, what, shape)
+        codings += bounds[:-1]
         for tiling in self._tilings(shape):
             name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
             codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
-        if smallest is not None:
-            codings.append(smallest)  # slow, but nothing takes less
+        codings += bounds[-1:]  # slow, but nothing takes less
         # The first stage that uses the codec brings its weights.
         is_first = what == "encode" or not wish.encodes_frames
         ways = []
