@@ -255,11 +255,11 @@ def test_a_budget_is_kept_by_every_plan_until_none_fits(planner: Planner) -> Non
             assert plan.peak_bytes <= plan.budget_bytes
             assert plan.seconds >= fastest.seconds
             found.add(plan.stages[2].way)
-    assert any(name.startswith("tiles") for name in found)
+    assert any(name.startswith(("tiles", "exact")) for name in found)
 
 
 def test_too_large_a_video_is_refused_with_sizes_that_fit(planner: Planner) -> None:
-    budget = round(0.6 * planner.plan(replace(WISH, shape=WISH.shape), 1).peak_bytes)
+    budget = round(0.97 * planner.plan(WISH, 1).peak_bytes)  # a little less than the smallest way takes
     with pytest.raises(SettingsError, match="frames of") as refusal:
         planner.check(WISH, budget)
     sizes = planner.nearest(WISH, budget)

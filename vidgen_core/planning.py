@@ -161,9 +161,7 @@ class _Remembering:
     def __init__(self, codec: Codec, module: nn.Module) -> None:
         self._codec, self._module = codec, module
         self.dtype = next(module.parameters()).dtype
-        self.costs: dict[Any, tuple[Cost, int]] = {}
-        self.tile: tuple[int, ...] | None = None
-        """shape of the largest tile, where there are several"""
+        self.costs: dict[Any, Cost] = {}
         self.meter: LiveBytes | None = None
 
     @property
@@ -181,16 +179,14 @@ class _Remembering:
         return self.moments(video)[0]
 
     def _run(self, what: str, x: Tensor) -> Tensor:
-        """Tiles at the borders are smaller than the first; they are taken to cost as much memory."""
-        key = what, x.dtype, *(self.tile or tuple(x.shape))
+        """Every size by itself: a smaller tile may go to another kernel, and take more."""
+        key = what, x.dtype, *x.shape
         if key not in self.costs:
-            assert self.tile in (None, tuple(x.shape)), "the first tile is the largest"
             like = torch.empty(x.shape, dtype=x.dtype, device="meta")
             cost = cost_of(getattr(self._codec, what), like, modules=[self._module])
-            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes), x.numel()
-        cost, size = self.costs[key]
+            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes)
         assert self.meter is not None
-        self.meter.skip(replace(cost, work=cost.work * (x.numel() / size)))
+        self.meter.skip(self.costs[key])
         return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
 
     def bounded(self, what: str, x: Tensor, bound: int, work: Work) -> Tensor:
@@ -215,13 +211,12 @@ class _Remembering:
             *(n // grid.spatial for n in x.shape[3:]),
         )
 
-    def watch(self, run: Callable[[_Remembering], None], tile: Sequence[int] | None) -> Cost:
-        """The cost of what ``run`` does with this codec, for which ``tile`` is the largest tensor."""
-        self.tile = None if tile is None else tuple(tile)
+    def watch(self, run: Callable[[_Remembering], None]) -> Cost:
+        """The cost of what ``run`` does with this codec."""
         with watched_memory(self._module) as self.meter:
             run(self)
         meter, self.meter = self.meter, None
-        weights = max((cost.weights for cost, _ in self.costs.values()), default=0)
+        weights = max((cost.weights for cost in self.costs.values()), default=0)
         return Cost(meter.peak, meter.work, max(weights, meter.weights))
 
 
@@ -262,12 +257,7 @@ def decode_cost(
         images = video.permute(0, 2, 3, 4, 1).flatten(0, 1)
         images = images.add(1.0).div_(2.0).clamp_(0.0, 1.0)
 
-    lead, tile = int(codec.grid.causal), None
-    if isinstance(tiling, Tiling):
-        frames = tiling.tile_frames // codec.grid.temporal + lead
-        sides = (min(size, tiling.tile_px // codec.grid.spatial) for size in latent_shape[3:])
-        tile = (1, latent_shape[1], min(latent_shape[2], frames), *sides)
-    return codec.watch(run, tile)
+    return codec.watch(run)
 
 
 def encode_cost(codec: _Remembering, shape: VideoShape, tiling: Coding, *, one_pass: Work | None = None) -> Cost:
@@ -277,11 +267,7 @@ def encode_cost(codec: _Remembering, shape: VideoShape, tiling: Coding, *, one_p
         video = torch.zeros(1, 3, shape.num_frames, shape.height_px, shape.width_px, device="meta")
         _way(remembering, tiling, one_pass).moments(video)
 
-    tile = None
-    if isinstance(tiling, Tiling):
-        frames = min(shape.num_frames, tiling.tile_frames + int(codec.grid.causal))
-        tile = (1, 3, frames, min(shape.height_px, tiling.tile_px), min(shape.width_px, tiling.tile_px))
-    return codec.watch(run, tile)
+    return codec.watch(run)
 
 
 def _way(codec: _Remembering, coding: Coding, one_pass: Work | None) -> Any:
@@ -322,7 +308,11 @@ def sample_cost(
             longer = _conditioning(config, channels, (size, *latent_shape[1:]), widths, num_text_tokens, padded=True)
             first, second = denoiser_pair(model, longer, longer)
         else:
-            first = second = denoiser(model, told)
+            # The negative prompt has another length, for which tables and kernels are made and kept besides.
+            shorter = _conditioning(
+                config, channels, (size, *latent_shape[1:]), widths, max(1, num_text_tokens // 2), padded=False
+            )
+            first, second = denoiser(model, told), denoiser(model, shorter)
         cfg(first, second, 6.0)(part, t)
 
     # What a sampler has besides: the noise or the x0 before, and what the samples before this one gave.
@@ -566,13 +556,12 @@ class Planner:
             return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
 
         codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
-        *bounds, smallest = self._exact(remembering, what, shape) or [None]
-        codings += bounds
+        bounds = self._exact(remembering, what, shape)
+        codings += bounds[:-1]
         for tiling in self._tilings(shape):
             name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
             codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
-        if smallest is not None:
-            codings.append(smallest)  # slow, but nothing takes less
+        codings += bounds[-1:]  # slow, but nothing takes less
         # The first stage that uses the codec brings its weights.
         is_first = what == "encode" or not wish.encodes_frames
         ways = []

@@ -263,10 +263,16 @@ def _product(args: Any, kwargs: Any, out: Tensor) -> int:
     return _bytes(out) + sum(_bytes(arg) for arg in args if isinstance(arg, Tensor) and arg.ndim > 1)
 
 
+def _linear(args: Any, kwargs: Any, out: Tensor) -> int:
+    """Where there are few rows, oneDNN copies the weights of 2-byte products into its layout."""
+    return _bytes(out) + (_bytes(args[2]) if out.element_size() == 2 else 0)
+
+
 WORKSPACES: dict[Any, Callable[[Any, Any, Any], int]] = {
     aten.convolution: _convolution,
     aten.native_layer_norm: _layer_norm,
     aten.bmm: _product,
+    aten.addmm: _linear,
 }
 """operation -> (arguments, keyword arguments, result) -> bytes at its worst moment, the result counted"""
 
