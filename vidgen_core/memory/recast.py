@@ -32,7 +32,7 @@ def recast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for owner in module.modules():
-            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            tables: list[Any] = [owner._parameters, owner._buffers]
             for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.dtype in DENSE and tensor.dtype != dtype:
