@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_compiler() -> Iterator[None]:
     """torch.compile traces and guards as always, but runs what it traced as it is: C++ for every test takes minutes."""
-    monkeypatch.setattr("vidgen.vidgen_core.memory.compiled.BACKEND", "eager")
+    # A patch of its own: the order in which fixtures end must not depend on this one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vidgen.vidgen_core.memory.compiled.BACKEND", "eager")
+        yield
+
+
+@pytest.fixture
+def plain_loops() -> Iterator[None]:
+    """C++ without vector units: probing the processor's takes longer than the test, and plain loops compute the same."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.vec_isa_ok": False}):
+        yield
 
 
 # --- oracles ----------------------------------------------------------------------------------------------------------

@@ -403,20 +403,23 @@ def test_a_run_is_not_resumed_with_another_cache(model: VideoModel, tmp_path: Pa
 def test_skipped_blocks_are_not_read_from_the_file(
     published: Callable[..., Path], model: VideoModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even ahead of their turn, but for the second block, which is read while the first one runs."""
+    """Not even ahead of their turn, but for the first block, which is read when a step begins, and the second one, which
+    is read while the first one runs."""
     path = published("safetensors", tmp_path, dict(model.network.state_dict()))
     read: list[int] = []
-    begin = streaming.BlockStream.__init__
+    begin = streaming.FileFeed.__init__
 
-    def counting(self: Any, blocks: Any, **functions: Any) -> None:
-        inner = functions.pop("read")
-        begin(self, blocks, read=lambda number: (read.append(number), inner(number))[1], **functions)
+    def counting(self: Any, inner: Any, *finish: Any) -> None:
+        begin(self, lambda number: (read.append(number), inner(number))[1], *finish)
 
-    monkeypatch.setattr(streaming.BlockStream, "__init__", counting)
+    monkeypatch.setattr(streaming.FileFeed, "__init__", counting)
     resident, streamed = load_network(path), load_network(path, stream=True)
     out = sampled(with_cache(streamed, method, 1e9, max_skips=100))
-    always = 2 if method == "magcache" else STEPS
-    assert [read.count(number) for number in range(4)] == [always, always, 2, 2]
+    first, second, *rest = (read.count(number) for number in range(4))
+    assert (first, rest) == (STEPS, [2, 2])
+    assert (
+        2 <= second <= (2 if method == "magcache" else STEPS)
+    )  # a read that has not begun when the first block is done is called off
     assert all(parameter.is_meta for parameter in streamed.network.single_blocks.parameters())
     assert torch.equal(out, sampled(with_cache(resident, method, 1e9, max_skips=100)))
 

@@ -113,7 +113,7 @@ def test_storage_and_budget_reach_the_loader(tiny_bundle_dir: Path, tmp_path: Pa
     [
         ("--storage", "nf3", "no such way to store"),
         ("--budget", "much", "amount of memory"),
-        ("--budget", "1MB", "too"),
+        ("--budget", "1MB", "does not fit into this much memory"),
     ],
 )
 def test_a_budget_or_storage_that_cannot_be_used(

@@ -130,11 +130,8 @@ def test_no_step_prompt_or_seed_compiles_again(model: VideoModel) -> None:
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")), reason="needs a C++ compiler"
 )
+@pytest.mark.usefixtures("plain_loops")
 def test_real_code_gives_the_same_numbers(model: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import config
-
-    # To probe the processor's vector units takes longer than everything else here, and plain loops compute the same.
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     blocks = model.network.single_blocks
     network = nn.Module()
@@ -147,7 +144,7 @@ def test_real_code_gives_the_same_numbers(model: VideoModel, monkeypatch: pytest
 
     vec = torch.randn(1, 1, 32, generator=generator)
     rope = rope_table((2, 2, 2), (4, 6, 6), 256.0, num_plain=5, device=x.device)
-    context = _Context(vec=vec, frame_vec=vec, rope=rope, mask=None, num_video=8)
+    context = _Context(vec=vec, frame_vec=vec, rope=rope, mask=None, num_video=8, grid=(2, 2, 2))
     with torch.inference_mode():
         expected = [block(x, context) for block in blocks]
         with compiled(network, ("single_blocks",)) as is_on:

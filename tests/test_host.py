@@ -299,6 +299,7 @@ def test_nodes_bring_back_what_was_moved_off(
     needed: list[nn.Module] = []
     monkeypatch.setattr(hosts.ComfyHost, "find_model_folder", lambda self, name: tiny_bundle_dir)
     monkeypatch.setattr(hosts.ComfyHost, "make_room", lambda self, num_bytes: None)
+    monkeypatch.setattr(hosts.ComfyHost, "resume_path", lambda self, node_id: None)
     monkeypatch.setattr("vidgen.nodes.loaders.torch_dtype", lambda name: torch.float32)
     monkeypatch.setattr(hosts.ComfyHost, "need", lambda self, module: needed.append(module))
     with hosts.using(host):

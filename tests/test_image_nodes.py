@@ -392,7 +392,8 @@ def test_latents_go_both_ways(parts: Parts) -> None:
     torch.testing.assert_close(ours["samples"], raw, atol=1e-6, rtol=1e-5)
     native_frames = vae.decode(ours["samples"]).clamp(-1, 1)
     (found,) = Decode().decode(parts[1], {"samples": raw})
-    torch.testing.assert_close(found, video_to_images(native_frames), atol=1e-5, rtol=0)
+    # Random weights: either decoder is 1e-5 from its own float64 result.
+    torch.testing.assert_close(found, video_to_images(native_frames), atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

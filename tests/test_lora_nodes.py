@@ -220,8 +220,8 @@ def test_a_run_kept_before_there_were_loras_goes_on(
     whole = sampled(model, num_steps=3)
     init = RunFile.__init__
 
-    def without(self: RunFile, path: Path, identity: Any) -> None:
-        init(self, path, {key: value for key, value in identity.items() if key != "LoRAs"})
+    def without(self: RunFile, path: Path, identity: Any, *, writes: bool = True) -> None:
+        init(self, path, {key: value for key, value in identity.items() if key != "LoRAs"}, writes=writes)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFile, "__init__", without)

@@ -494,7 +494,8 @@ def test_the_main_path_inside_comfyui(comfy: SimpleNamespace, tmp_path: Path, ti
     previews = [preview for _, preview in sampling.updates if preview]
     assert len(previews) == 2
     kind, picture, size = previews[-1]
-    assert (kind, picture.size, size) == ("JPEG", (2 * 4, 6), 512)  # two latent frames of 4 x 6 beside each other
+    # Two latent frames of 4 x 6 beside each other, a latent as 16 px.
+    assert (kind, picture.size, size) == ("JPEG", (16 * 2 * 4, 16 * 6), 512)
     (images,) = Decode().decode(parts[1], latent)
     shown = SaveVideo().save(images, 8, "video/VidGen", "mp4", 17, prompt={}, extra_pnginfo={})["ui"]["images"][0]
     assert read_video(tmp_path / "output" / shown["subfolder"] / shown["filename"])[0].shape == (5, 48, 32, 3)
@@ -600,7 +601,12 @@ def test_comfyui_lists_its_own_inputs_and_finds_the_examples(comfy: SimpleNamesp
     """A workflow that comes with the pack runs before anything is uploaded; an uploaded file of the name goes first."""
     host = hosts.current()
     (tmp_path / "input" / "mine.PNG").touch()
-    assert host.inputs(hosts.IMAGE_ENDINGS) == ["mine.PNG", "vidgen-first-frame.png", "vidgen-mask.png"]
+    assert host.inputs(hosts.IMAGE_ENDINGS) == [
+        "mine.PNG",
+        "vidgen-black.png",
+        "vidgen-first-frame.png",
+        "vidgen-mask.png",
+    ]
     assert host.find_input("vidgen-mask.png") == hosts.EXAMPLES / "vidgen-mask.png"
     own = tmp_path / "input" / "vidgen-mask.png"
     own.touch()

@@ -214,7 +214,7 @@ def test_a_network_streams_by_itself_where_memory_is_short(
 ) -> None:
     path = published("safetensors", tmp_path, weights)
     free = path.stat().st_size if is_full else 2 * path.stat().st_size
-    monkeypatch.setattr("vidgen.vidgen_core.model.available_memory", lambda: free)
+    monkeypatch.setattr("vidgen.vidgen_core.memory.plan.available_memory", lambda: free)
     with caplog.at_level("INFO", logger="vidgen"):
         model = load_network(path, stream=None)
     assert all(tensor.is_meta for block in blocks_of(model) for tensor in block.parameters()) == is_full

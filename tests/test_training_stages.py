@@ -475,13 +475,10 @@ def test_evaluation_is_the_same_however_it_is_divided(dit, tmp_path, monkeypatch
         assert row == other_row
 
 
-def test_compiled_network_learns_the_same(tmp_path, tiny_bundle_dir, monkeypatch):
+@pytest.mark.usefixtures("plain_loops")
+def test_compiled_network_learns_the_same(tmp_path, tiny_bundle_dir):
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         pytest.skip("needs a C++ compiler")
-    from torch._inductor import config
-
-    # To probe the processor's vector units takes longer than everything else here, and plain loops compute the same.
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
     one_block = replace(NETWORK, num_double_blocks=0, num_single_blocks=1)
     batches, grads = [], []
     for compiled in (False, True):
