@@ -76,7 +76,7 @@ def _quick_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def plain_loops() -> Iterator[None]:
-    """C++ without vector units: probing the processor's takes longer than the test, and plain loops compute the same."""
+    """C++ without vector units: probing the processor takes longer than the test, and plain loops compute the same."""
     from torch._inductor import config
 
     with config.patch({"cpp.vec_isa_ok": False}):

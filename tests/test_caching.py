@@ -403,8 +403,8 @@ def test_a_run_is_not_resumed_with_another_cache(model: VideoModel, tmp_path: Pa
 def test_skipped_blocks_are_not_read_from_the_file(
     published: Callable[..., Path], model: VideoModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even ahead of their turn, but for the first block, which is read when a step begins, and the second one, which
-    is read while the first one runs."""
+    """But for what is read ahead: the first block when a step begins, the second one while the first one runs. A read
+    that has not begun when it turns out to be for nothing is called off."""
     path = published("safetensors", tmp_path, dict(model.network.state_dict()))
     read: list[int] = []
     begin = streaming.FileFeed.__init__
@@ -416,10 +416,9 @@ def test_skipped_blocks_are_not_read_from_the_file(
     resident, streamed = load_network(path), load_network(path, stream=True)
     out = sampled(with_cache(streamed, method, 1e9, max_skips=100))
     first, second, *rest = (read.count(number) for number in range(4))
-    assert (first, rest) == (STEPS, [2, 2])
-    assert (
-        2 <= second <= (2 if method == "magcache" else STEPS)
-    )  # a read that has not begun when the first block is done is called off
+    assert rest == [2, 2]
+    assert 2 <= first <= STEPS if method == "magcache" else first == STEPS
+    assert 2 <= second <= (2 if method == "magcache" else STEPS)
     assert all(parameter.is_meta for parameter in streamed.network.single_blocks.parameters())
     assert torch.equal(out, sampled(with_cache(resident, method, 1e9, max_skips=100)))
 
