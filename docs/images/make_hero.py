@@ -1,6 +1,6 @@
 """Draw the picture that opens the README: eight clips of the bundled model in a grid, each over its prompt.
 
-``python docs/images/make_hero.py --seed 3``
+``python docs/images/make_hero.py --seed 8``
 """
 
 from __future__ import annotations
