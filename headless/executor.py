@@ -435,6 +435,8 @@ class _Run:
         self.specs = {
             kind: list(input_specs(classes[kind])) for kind in {node["class_type"] for node in prompt.values()}
         }
+        # Once for each class: a loader reads its folders for its lists.
+        self.hidden = {kind: classes[kind].INPUT_TYPES().get("hidden", {}) for kind in self.specs}
         self.readers: Counter[str] | None = None
         self.cache: Cache | None = None
         self.digests: dict[str, str] = {}
@@ -456,8 +458,7 @@ class _Run:
         """Of the node and everything that goes into it."""
         node, cls = self.prompt[node_id], self._class(node_id)
         parts: list[Any] = [node["class_type"], self._changed(node_id)]
-        hidden = cls.INPUT_TYPES().get("hidden", {})
-        if getattr(cls, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in hidden.values():
+        if getattr(cls, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in self._hidden(node_id).values():
             parts.append(node_id)
         for name, value in sorted(node.get("inputs", {}).items()):
             link = as_link(value)
@@ -481,6 +482,9 @@ class _Run:
 
     def _class(self, node_id: str) -> type:
         return self.classes[self.prompt[node_id]["class_type"]]
+
+    def _hidden(self, node_id: str) -> Mapping[str, Any]:
+        return self.hidden[self.prompt[node_id]["class_type"]]
 
     def reach(self, output: str) -> None:
         """Run ``output`` after everything that it needs. An explicit stack: graphs may be deep."""
@@ -536,7 +540,7 @@ class _Run:
                 arguments[name] = [None] if known is None else known.outputs[link.output]
             elif name in plain:
                 arguments[name] = plain[name]
-        return arguments | {name: plain[name] for name in self._class(node_id).INPUT_TYPES().get("hidden", {})}
+        return arguments | {name: plain[name] for name in self._hidden(node_id)}
 
     def _plain(self, node_id: str) -> dict[str, list[Any]]:
         """The inputs that are values of the prompt, and the hidden ones."""
@@ -547,7 +551,7 @@ class _Run:
             if name in inputs and as_link(inputs[name]) is None
         }
         hidden = {"PROMPT": self.prompt, "EXTRA_PNGINFO": self.extra_pnginfo, "UNIQUE_ID": node_id}
-        for name, kind in self._class(node_id).INPUT_TYPES().get("hidden", {}).items():
+        for name, kind in self._hidden(node_id).items():
             plain[name] = [hidden.get(kind)]
         return plain
 

@@ -36,7 +36,7 @@ from . import messages
 from .catalog import object_info
 from .host import ServerHost
 from .jobs import Job, Jobs, now_ms
-from .places import KINDS, Places
+from .places import KINDS, Places, without_mark
 
 log = logging.getLogger("vidgen")
 
@@ -480,11 +480,8 @@ class Server:
 
     async def get_view(self, request: web.Request) -> web.StreamResponse:
         query = request.query
-        name, subfolder, kind = query.get("filename", ""), query.get("subfolder", ""), query.get("type", "output")
-        for mark in KINDS:
-            if name.endswith(f" [{mark}]"):
-                name, kind = name.removesuffix(f" [{mark}]"), mark
-        path = self.places.find(kind, subfolder, name)
+        name, kind = without_mark(query.get("filename", ""), query.get("type", "output"))
+        path = self.places.find(kind, query.get("subfolder", ""), name)
         content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
         is_harmless = content_type.partition("/")[0] in _HARMLESS and content_type not in _ACTIVE
@@ -743,8 +740,9 @@ def _whole(query: Mapping[str, str], name: str, default: int) -> int:
 def _parse(text: str) -> Any:
     """JSON that is not nested without end."""
     depth = most = 0
-    for character in re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL):
-        depth += (character in "[{") - (character in "]}")
+    without_texts = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
+    for bracket in re.findall(r"[\[\]{}]", without_texts):
+        depth += 1 if bracket in "[{" else -1
         most = max(most, depth)
     if most > MAX_DEPTH:
         raise _refused(400, f"the request is nested more than {MAX_DEPTH} deep")

@@ -18,9 +18,7 @@ from ...nodes.host import (
 )
 from ...vidgen_core.errors import FileError
 from ...vidgen_core.memory.host import folders_of
-from .places import Places
-
-OUTPUT_MARK, TEMP_MARK = " [output]", " [temp]"
+from .places import Places, without_mark
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,10 +59,7 @@ class ServerHost(LocalNodeHost):
 
     def find_input(self, name: str) -> Path:
         """ComfyUI's names: a file of the input folder, or of another one with its mark behind."""
-        kind, plain = "input", name
-        for mark, other in ((OUTPUT_MARK, "output"), (TEMP_MARK, "temp"), (" [input]", "input")):
-            if name.endswith(mark):
-                kind, plain = other, name.removesuffix(mark)
+        plain, kind = without_mark(name, "input")
         try:
             return self.places.find(kind, "", plain)
         except FileError:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...nodes.host import IMAGE_ENDINGS, VIDEO_ENDINGS, current
-from ...nodes.video import changed_at, found_input, told
+from ...nodes.video import changed_at, found_input, saved, told
 from ...vidgen_core.errors import FileError
 from .host import ServerHost
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CRF = 17
+"""of a video whose node has no widget for it: looks lossless"""
 AUDIO_ENDINGS = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a"})
 
 
@@ -193,16 +195,12 @@ class SaveVideo:
         prompt: Any = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        from ...vidgen_core.media import images_to_frames, write_video
+        from ...vidgen_core.media import images_to_frames
 
-        host = current()
         is_webm = format == "webm" or (format == "auto" and codec == "vp9")
-        path, subfolder = host.output_path(filename_prefix, ".webm" if is_webm else ".mp4")
-        tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
-        frames = told(images_to_frames(video.images), len(video.images), host)
-        write_video(path, frames, fps=video.fps, metadata={name: json.dumps(value) for name, value in tags.items()})
-        shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
-        return {"ui": {"images": [shown], "animated": (True,)}}
+        frames = told(images_to_frames(video.images), len(video.images), current())
+        ending = "webm" if is_webm else "mp4"
+        return saved(frames, video.fps, filename_prefix, ending, CRF, prompt, extra_pnginfo)
 
 
 class LoadAudio:

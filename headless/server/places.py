@@ -57,6 +57,15 @@ class Places:
         return path
 
 
+def without_mark(name: str, kind: str) -> tuple[str, str]:
+    """(file name, kind of folder) of a name that may have ComfyUI's mark behind, such as ``a.png [output]``; without one
+    the kind is ``kind``."""
+    for marked in KINDS:
+        if name.endswith(f" [{marked}]"):
+            return name.removesuffix(f" [{marked}]"), marked
+    return name, kind
+
+
 def _is_plain(part: str) -> bool:
     """A name that is the same file on every system."""
     stem = part.partition(".")[0].rstrip(" ").lower()
