@@ -275,19 +275,34 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.follow", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--n", type=int, default=256, help="scenes to render")
+def new_parser(name: str, text: str, *, num: int, help_of_n: str = "scenes to render") -> argparse.ArgumentParser:
+    """The command line of the benchmark ``name`` with what all that render scenes have; ``text`` is its module's."""
+    parser = argparse.ArgumentParser(prog=f"python -m vidgen.benchmarks.{name}", description=text.split("\n\n")[0])
+    parser.add_argument("--n", type=int, default=num, help=help_of_n)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--split", choices=("seen", "heldout"), default="seen")
     parser.add_argument("--model", help="a folder or bundled name (default: the bundled checkpoint)")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--cfg", type=float)
     parser.add_argument("--steps", type=int, dest="num_steps")
-    parser.add_argument("--shift", type=float)
-    parser.add_argument("--sampler")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--rows", type=Path, help="also write every scene with what was seen to this JSON file")
+    return parser
+
+
+def tell(result: dict[str, Any], arguments: argparse.Namespace, report: Callable[[dict[str, Any]], str]) -> int:
+    """Print the figures and write the rows as the command line says; the exit status."""
+    rows = result.pop("rows")
+    if arguments.rows:
+        arguments.rows.write_text(json.dumps(rows, indent=1))
+    sys.stdout.write((json.dumps(result, indent=1) if arguments.json else report(result)) + "\n")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = new_parser("follow", __doc__, num=256)
+    parser.add_argument("--cfg", type=float)
+    parser.add_argument("--shift", type=float)
+    parser.add_argument("--sampler")
     arguments = parser.parse_args(argv)
     names = ("cfg", "num_steps", "shift", "sampler")
     sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -299,11 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes=arguments.processes,
         sampling=sampling,
     )
-    rows = result.pop("rows")
-    if arguments.rows:
-        arguments.rows.write_text(json.dumps(rows, indent=1))
-    sys.stdout.write((json.dumps(result, indent=1) if arguments.json else report(result)) + "\n")
-    return 0
+    return tell(result, arguments, report)
 
 
 if __name__ == "__main__":

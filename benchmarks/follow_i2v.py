@@ -10,21 +10,30 @@ of ``benchmarks/follow.py``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..training.data import detect
-from .follow import Task, bundle_of, chunks_of, judged_rows, psnr_db, round_trip, scene_and_caption, true_clip, wilson
+from .follow import (
+    Task,
+    bundle_of,
+    chunks_of,
+    judged_rows,
+    new_parser,
+    psnr_db,
+    round_trip,
+    scene_and_caption,
+    tell,
+    true_clip,
+    wilson,
+)
 
 BAR_PSNR_DB = 30.0
 """mean PSNR of the first frame that a checkpoint must reach"""
@@ -159,23 +168,13 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 whether or not the bars are reached: ``passes`` in the JSON says it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vidgen.benchmarks.follow_i2v", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--n", type=int, default=32, help="scenes to render")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--split", choices=("seen", "heldout"), default="seen")
-    parser.add_argument("--model", help="a folder or bundled name (default: the bundled checkpoint)")
+    parser = new_parser("follow_i2v", __doc__, num=32)
     parser.add_argument(
         "--method", default="auto", help="token_replace for files that do not say that they take an image"
     )
     parser.add_argument("--mode", choices=("stability", "dynamic"))
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--cfg", type=float)
-    parser.add_argument("--steps", type=int, dest="num_steps")
     parser.add_argument("--shift", type=float)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--rows", type=Path, help="also write every scene with what was seen to this JSON file")
     arguments = parser.parse_args(argv)
     names = ("cfg", "num_steps", "shift")
     result = follow_i2v(
@@ -188,11 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes=arguments.processes,
         sampling={name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None},
     )
-    rows = result.pop("rows")
-    if arguments.rows:
-        arguments.rows.write_text(json.dumps(rows, indent=1))
-    sys.stdout.write((json.dumps(result, indent=1) if arguments.json else report(result)) + "\n")
-    return 0
+    return tell(result, arguments, report)
 
 
 if __name__ == "__main__":

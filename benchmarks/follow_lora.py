@@ -10,21 +10,18 @@ intervals are those of ``benchmarks/follow.py``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..training.data import detect, styles
-from .follow import Task, bundle_of, chunks_of, judged_rows, scene_and_caption, true_clip, wilson
+from .follow import Task, bundle_of, chunks_of, judged_rows, new_parser, scene_and_caption, tell, true_clip, wilson
 
 LORA = "vidgen-tiny-hunyuan/night.safetensors"
 BAR_MOVED = 0.5
@@ -156,13 +153,7 @@ def report(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 whether or not the bars are reached: ``passes`` in the JSON says it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vidgen.benchmarks.follow_lora", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--n", type=int, default=32, help="scenes to render, each with the LoRA and without")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--split", choices=("seen", "heldout"), default="seen")
-    parser.add_argument("--model", help="a folder or bundled name (default: the bundled checkpoint)")
+    parser = new_parser("follow_lora", __doc__, num=32, help_of_n="scenes to render, each with the LoRA and without")
     parser.add_argument("--lora", default=LORA, help="a file, or a bundled one")
     parser.add_argument(
         "--style",
@@ -171,10 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what the LoRA was trained on",
     )
     parser.add_argument("--strength", type=float, default=1.0)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, dest="num_steps")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--rows", type=Path, help="also write every scene with what was seen to this JSON file")
     arguments = parser.parse_args(argv)
     result = follow_lora(
         num=arguments.n,
@@ -187,11 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes=arguments.processes,
         sampling={} if arguments.num_steps is None else {"num_steps": arguments.num_steps},
     )
-    rows = result.pop("rows")
-    if arguments.rows:
-        arguments.rows.write_text(json.dumps(rows, indent=1))
-    sys.stdout.write((json.dumps(result, indent=1) if arguments.json else report(result)) + "\n")
-    return 0
+    return tell(result, arguments, report)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Places:
 
 
 def without_mark(name: str, kind: str) -> tuple[str, str]:
-    """(file name, kind of folder) of a name that may have ComfyUI's mark behind, such as ``a.png [output]``; without one
-    the kind is ``kind``."""
+    """(file name, kind of folder) of a name that may have ComfyUI's mark behind, such as ``a.png [output]``; ``kind`` is
+    that of a name without one."""
     for marked in KINDS:
         if name.endswith(f" [{marked}]"):
             return name.removesuffix(f" [{marked}]"), marked
