@@ -58,8 +58,11 @@ class Places:
 
 
 def without_mark(name: str, kind: str) -> tuple[str, str]:
-    """(file name, kind of folder) of a name that may have ComfyUI's mark behind, such as ``a.png [output]``; ``kind`` is
-    that of a name without one."""
+    """(file name, kind of folder) of a name with or without ComfyUI's mark behind, such as ``a.png [output]``.
+
+    Args:
+        kind: of a name without one.
+    """
     for marked in KINDS:
         if name.endswith(f" [{marked}]"):
             return name.removesuffix(f" [{marked}]"), marked
