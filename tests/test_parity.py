@@ -236,26 +236,50 @@ SMALL = Tiling(tile_px=32, stride_px=24, tile_frames=16, stride_frames=12)
 """The published tiles of 256 px every 192 and 64 frames every 48, divided by 8 and 4. diffusers' own default
 is 16 frames every 12 whatever the size; the published code, which we follow, has 64 and 48."""
 
-DECODER_PARITY = 1e-5
-"""In one pass, too, either decoder of random weights is 4e-6 from its own float64 result. In float64 they are equal to
-1e-9: tests/test_tiling.py."""
+AMPLIFIED = 1e-5
+"""Random weights as torch draws them amplify rounding: with latents of a random encoder, which hardly vary, diffusers'
+decoder is 3e-6 to 12e-6 from its own float64 result, ours 5e-6 to 9e-6. In float64 they are equal to 1e-9:
+tests/test_tiling.py."""
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(21, 32, 48), (37, 40, 32)])
-def test_tiles_in_float32(frames: int, height: int, width: int, codec: HunyuanCodec, vae_twin: Twin) -> None:
+def tiled_twin(codec: HunyuanCodec, vae_twin: Twin) -> Any:
     twin = vae_twin(codec.vae)
     twin.use_framewise_encoding = twin.use_framewise_decoding = True
     twin.enable_tiling(32, 32, 16, 24, 24, 12)
+    return twin
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(21, 32, 48), (37, 40, 32)])
+@pytest.mark.parametrize("seed", range(3))
+def test_tiles_in_float32(seed: int, frames: int, height: int, width: int, vae_twin: Twin) -> None:
+    """Residual branches at a tenth, so that rounding is not amplified; trained ones: tests/test_bundled_model.py."""
+    torch.manual_seed(seed)
+    codec = HunyuanCodec(CausalVAE(CODEC).eval().requires_grad_(False))
+    for name, parameter in codec.vae.named_parameters():
+        if "conv2." in name or "to_out." in name:
+            parameter.mul_(0.1)
+    twin, ours = tiled_twin(codec, vae_twin), tiled(codec, SMALL)
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.rand(1, 3, frames, height, width, generator=generator) * 2 - 1
+    latents = torch.randn(1, 4, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+    with torch.no_grad():
+        mean = twin.encode(video).latent_dist.mean
+        decoded = twin.decode(latents / CODEC.scaling_factor).sample
+    assert relative(ours.encode(video), mean * CODEC.scaling_factor) <= PARITY
+    assert relative(ours.decode(latents), decoded) <= PARITY
+    assert relative(decode_latents(codec, latents, tiling=SMALL), decoded.clamp(-1, 1)) <= PARITY
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(21, 32, 48), (37, 40, 32)])
+def test_tiles_of_weights_that_amplify(
+    frames: int, height: int, width: int, codec: HunyuanCodec, vae_twin: Twin
+) -> None:
+    twin = tiled_twin(codec, vae_twin)
     video = torch.rand(1, 3, frames, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ours = tiled(codec, SMALL)
     with torch.no_grad():
         mean = twin.encode(video).latent_dist.mean
         decoded = twin.decode(mean).sample
-    latents = ours.encode(video)
-    scale = CODEC.scaling_factor
-    assert relative(latents, mean * scale) <= PARITY
-    assert relative(ours.decode(mean * scale), decoded) <= DECODER_PARITY
-    assert relative(decode_latents(codec, mean * scale, tiling=SMALL), decoded.clamp(-1, 1)) <= DECODER_PARITY
+    assert relative(tiled(codec, SMALL).decode(mean * CODEC.scaling_factor), decoded) <= AMPLIFIED
 
 
 def test_the_default_tiles_are_the_published_ones() -> None:
