@@ -28,6 +28,7 @@ from vidgen.vidgen_core.nn.attention_change import (
     enhanced,
     own_value_only,
 )
+from vidgen.vidgen_core.nn.parallel import Team, in_team
 from vidgen.vidgen_core.nn.rope import TimeStretch, intrinsic_component, rope_table, stretched_time, time_stretch
 from vidgen.vidgen_core.tricks import CfgZero, Enhance, Riflex, Tricks, WeakPass
 from vidgen.vidgen_core.types import Conditioning, Held
@@ -383,6 +384,19 @@ def asked(model: VideoModel, stream: Stream, x: Tensor, **around: Any) -> Tensor
     around_all = around_blocks(model.network, model.block_paths, BLOCK_RULES, **around)
     with torch.no_grad(), around_all, forward_of(stream, t, (x.shape[2], 2, 2)):
         return model.predict(x, t, prompt())
+
+
+@pytest.mark.parametrize(
+    "tricks",
+    [
+        Tricks(cache=StepCache.preset("first_block", "fast")),
+        Tricks(stg=WeakPass(blocks="1", scale=1.0)),
+        Tricks(enhance=Enhance(weight=1.0)),
+    ],
+)
+def test_what_looks_at_all_tokens_is_refused_on_several_processes(model: VideoModel, tricks: Tricks) -> None:
+    with in_team(Team(rank=0, size=2)), pytest.raises(SettingsError, match="by several processes together"):
+        sampled(model.with_tricks(tricks))
 
 
 def test_a_skipped_block_is_a_network_without_it(model: VideoModel) -> None:

@@ -184,6 +184,7 @@ class VideoModel:
             rules, enhance = self.family.block_rules, self.tricks.enhance
             if recorder is not None or self.tricks.around_blocks:
                 assert rules is not None, "checked when the tricks were put on"
+                _check_alone(self.tricks)
                 around = around_blocks(
                     self.network,
                     self.block_paths,
@@ -805,3 +806,17 @@ def _unloaded(family: Family, config: Config) -> nn.Module:
     """The network without memory, for its names and shapes."""
     with torch.device("meta"):
         return family.parts["network"].build(config, {})
+
+
+def _check_alone(tricks: Tricks) -> None:
+    """What stands around blocks looks at all video tokens; on several processes a block has a part of them."""
+    team = current_team()
+    if team is None or team.size == 1:
+        return
+    named = ("cache", "skip_layers", "stg", "enhance")
+    raise SettingsError(
+        "Step caches, weakened passes and Enhance-A-Video cannot be used by several processes together",
+        given=", ".join(name for name in named if getattr(tricks, name)) or "the calibration of a cache",
+        expected=f"none of them with {team.size} processes",
+        do="leave these nodes out, or render on one device",
+    )
