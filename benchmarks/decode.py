@@ -120,7 +120,7 @@ def way_of(codec: HunyuanCodec, task: Task, folder: Path) -> Codec:
     if task.way in SHARE:
         return exact(codec, task.budget_bytes, spill=folder if task.way == "disk" else None)
     if task.way == "layers":
-        vae.PART_BYTES = 1 << 62
+        vae.PART_BYTES = vae.PART_OPERATIONS = 1 << 62
     return codec
 
 

@@ -222,15 +222,17 @@ def test_batch_is_independent() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("part_bytes", [1, 40_000])
-def test_few_frames_at_a_time_change_nothing(name: str, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [("PART_BYTES", 1), ("PART_BYTES", 40_000), ("PART_OPERATIONS", 4e6)])
+def test_few_frames_at_a_time_change_nothing(
+    name: str, limit: tuple[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     vae = CausalVAE(CONFIGS[name]).double()
     video = torch.rand(2, 3, 9, 16, 24, dtype=torch.float64)
     with torch.no_grad():
         mean, logvar = vae.encode(video)
         decoded = vae.decode(mean)
-        monkeypatch.setattr("vidgen.vidgen_core.families.hunyuan.vae.PART_BYTES", part_bytes)
+        monkeypatch.setattr(f"vidgen.vidgen_core.families.hunyuan.vae.{limit[0]}", limit[1])
         assert relative_error(vae.encode(video)[0], mean) <= SAME_ARITHMETIC
         assert relative_error(vae.encode(video)[1], logvar) <= SAME_ARITHMETIC
         assert relative_error(vae.decode(mean), decoded) <= 10 * SAME_ARITHMETIC

@@ -44,7 +44,7 @@ Coding = Tiling | Bound | None
 """in tiles, exactly within a bound, or in one pass"""
 LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
-CODEC_BYTES = 5_000_000
+CODEC_BYTES = 3_000_000
 """code that convolutions bring into memory when they first run"""
 EXACT_BYTES = 8_000_000
 """what coding within a bound leaves between its strips"""
@@ -509,6 +509,7 @@ class Planner:
                         why=where + (halves if wish.guided else "") + "; attention keeps no scores",
                         passing=lambda staging=staging, batched=batched: staging + cost(batched).peak,
                         work=lambda batched=batched: cost(batched).work * steps,
+                        kept=lambda batched=batched: cost(batched).kept,
                         loaded=0 if weights.is_mapped else stays,
                         touched=stays if weights.is_mapped else 0,
                         read=read,

@@ -57,6 +57,8 @@ class Cost:
     work: Work = Work()
     weights: int = 0
     """bytes of the weights that it reads"""
+    kept: int = 0
+    """bytes that stay afterwards: code that kernels made for its shapes"""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -77,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
         self._weights = tuple(known)  # a storage that is gone would give its key to another one
         self._sizes: dict[int, int] = {_key(tensor): 0 for tensor in self._weights}
         self._unread = {_key(tensor): tensor.untyped_storage().nbytes() for tensor in self._weights}
-        self.weights = 0
+        self.weights = self.kept = 0
         self._untouched: dict[int, int] = {}
         self._kernels: set[Any] = set()
 
@@ -138,6 +140,7 @@ class LiveBytes(TorchDispatchMode):
             shapes = tuple(tensor.shape for tensor in given)
             if shapes not in self._kernels:
                 self._kernels.add(shapes)
+                self.kept += KERNEL_BYTES
                 self.add(KERNEL_BYTES)
 
     def add(self, num_bytes: int) -> None:
@@ -230,14 +233,16 @@ _BLOCK = 16
 def _convolution(args: Any, kwargs: Any, out: Tensor) -> int:
     """Bytes at the worst moment of a convolution on the CPU, the result among them.
 
-    torch's own kernel unfolds the whole input into columns (``slow_conv3d``). oneDNN copies the input into a blocked
-    layout with the channels rounded up, computes into such a layout, and copies the result back; the blocked input is
-    gone by then.
+    Where channels are last, oneDNN copies the weights only. Otherwise torch's own kernel unfolds the whole input into
+    columns (``slow_conv3d``), and oneDNN copies the input into a blocked layout with the channels rounded up, computes
+    into such a layout, and copies the result back; the blocked input is gone by then.
     """
     x, weight = args[0], args[1]
     taps = math.prod(weight.shape[2:])
     groups = args[8]
     item = x.element_size()
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return _bytes(out) + taps * _round_up(weight.shape[0], _BLOCK) * _round_up(weight.shape[1], _BLOCK) * item
     if taps == 1 and x.dtype == torch.float32 and x.shape[0] < _BLOCK and torch.get_num_threads() == 1:
         return _bytes(out)
     large = x.shape[0] > 1 or groups > 1 or math.prod(x.shape[:-1]) > _NATIVE_BELOW
@@ -296,4 +301,4 @@ def cost_of(run: Callable[..., Any], *inputs: Any, modules: Sequence[nn.Module] 
             if isinstance(leaf, Tensor):
                 meter.hold(leaf)
         run(*inputs)
-    return Cost(meter.peak, meter.work, meter.weights)
+    return Cost(meter.peak, meter.work, meter.weights, meter.kept)

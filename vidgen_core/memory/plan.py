@@ -44,6 +44,8 @@ class Way:
     passing: Callable[[], int]
     """bytes that are there while it runs and gone afterwards"""
     work: Callable[[], Work] = Work
+    kept: Callable[[], int] = int
+    """bytes of what passes that stay after all"""
     loaded: int = 0
     """bytes of weights that are there as soon as everything is loaded"""
     touched: int = 0
@@ -206,6 +208,7 @@ def _combined(
                 settings=way.settings,
             )
         )
+        stays += way.kept()
     return Plan(stages=tuple(made), budget_bytes=budget_bytes, baseline_bytes=baseline, subject=subject)
 
 

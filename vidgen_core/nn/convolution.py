@@ -7,6 +7,7 @@ goes in and out, which is another quarter for large tensors. With gradients ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,8 @@ class Conv3d(nn.Conv3d):
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int] = (1, 1, 1)) -> Tensor:
     """(B, C, T, H, W) -> (B, C', T', H', W') without padding; the layout of ``x`` is kept."""
+    if x.is_meta and _is_inference(x) and _is_narrow(x):
+        return _channels_last(F.conv3d(_channels_last(x), weight, bias, tuple(stride)))
     if _is_inference(x) and x.dtype == torch.float32:
         return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), tuple(stride), (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, tuple(stride))
@@ -46,9 +49,17 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """For planning: on the meta device layouts get lost, which a CPU keeps; the same memory, read in this layout."""
+    batch, channels, *sides = x.shape
+    strides = [math.prod(sides[i + 1 :]) * channels for i in range(3)]
+    return x.as_strided(x.shape, (math.prod(sides) * channels, 1, *strides))
+
+
 def _is_inference(x: Tensor) -> bool:
+    """On the meta device, too: there it is planned what a CPU will do."""
     return (
-        x.device.type == "cpu"
+        x.device.type in ("cpu", "meta")
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()

@@ -24,9 +24,11 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not is_channels_last(x):
             return self._whole(x)
+        out = empty_like(x, x.shape)
+        if x.is_meta:  # nobody needs to plan for pieces: they are small
+            return self._finish(out.copy_(x))
         wide = torch.promote_types(x.dtype, torch.float32)
         scale, shift = (value.unsqueeze(1) for value in self._scale_and_shift(x, x.shape[2], wide))
-        out = empty_like(x, x.shape)
         for given, made in zip(_pieces(x), _pieces(out), strict=True):
             if x.dtype == wide:
                 torch.addcmul(shift, given, scale, out=made)
@@ -93,6 +95,8 @@ def _statistics(x: Tensor, num_groups: int, num_frames: int, dtype: torch.dtype)
 
 def _channel_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and variance of each sample and channel, each (B, C) float64."""
+    if x.is_meta:  # as in GroupNorm.forward
+        return tuple(torch.empty(x.shape[:2], dtype=torch.float64, device="meta") for _ in range(2))
     means, variances, lengths = [], [], []
     for piece in _pieces(x):
         numbers = piece.to(dtype)

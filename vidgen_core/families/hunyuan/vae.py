@@ -25,6 +25,8 @@ NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 PART_BYTES = 1 << 26
 """Without gradients, larger tensors are normalised, padded and convolved a few frames at a time."""
+PART_OPERATIONS = 2e10
+"""of one convolution: a slow core has done them in half a second, and between two of them a stop is heard"""
 
 
 def _norm(config: CodecConfig, channels: int) -> GroupNormSiLU:
@@ -35,7 +37,11 @@ def _frames_at_once(x: Tensor) -> int:
     """Into how many frames at a time a layer cuts ``x``: all of them in training and where they are small."""
     if torch.is_grad_enabled():
         return x.shape[2]
-    return max(1, PART_BYTES // (x[:, :, 0].numel() * x.element_size()))
+    channels, numbers = x.shape[1], x[:, :, 0].numel()
+    frames = PART_BYTES // (numbers * x.element_size())
+    if x.device.type in ("cpu", "meta"):
+        frames = min(frames, int(PART_OPERATIONS / (2 * 27 * channels * numbers)))
+    return max(1, frames)
 
 
 def _normed_conv(norm: GroupNormSiLU, conv: CausalConv3d, x: Tensor) -> Tensor:
