@@ -54,7 +54,7 @@ WIDGETS_FOREVER = {
     ],
     "VidGenDecode": ["tile_size", "overlap", "temporal_size", "temporal_overlap", "method", "memory_gb"],
     "VidGenEncodeVideo": ["fit", "method", "memory_gb"],
-    "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
+    "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf", "codec", "bit_depth"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
     "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
     "VidGenAttention": [
@@ -70,7 +70,9 @@ WIDGETS_FOREVER = {
     "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
     "VidGenFromConditioning": [],
     "VidGenCompile": ["mode"],
-    "VidGenDecodeSave": ["fps", "filename_prefix", "format", "crf", "method", "memory_gb"],
+    "VidGenDecodeSave": [
+        *("fps", "filename_prefix", "format", "crf", "method", "memory_gb", "codec", "bit_depth"),
+    ],
     "VidGenStepCache": ["method", "quality", "threshold", "max_skips", "start", "end", "curve"],
     "VidGenCalibrateCache": ["seed", "control_after_generate", "steps", "cfg", "shift", "schedule"],
     "VidGenSkipLayers": ["blocks", "scale", "start", "end"],
@@ -255,12 +257,12 @@ def test_a_saved_video_is_loaded_again(tmp_path: Path) -> None:
     host = hosts.LocalNodeHost(output_folder=tmp_path)
     with hosts.using(host):
         ui = SaveVideo().save(images, 12.5, "clips/red", "mp4", 0, prompt={"1": {}}, extra_pnginfo={"workflow": [1]})
-        again, fps, num_frames = LoadVideo().load(str(host.saved[0]), 1, 3)
+        again, fps, num_frames, silent = LoadVideo().load(str(host.saved[0]), 1, 3)
     assert ui["ui"] == {
         "images": [{"filename": "red_00001.mp4", "subfolder": "clips", "type": "output"}],
         "animated": (True,),
     }
-    assert (fps, num_frames, again.shape) == (12.5, 3, (3, 16, 32, 3))
+    assert (fps, num_frames, again.shape, silent) == (12.5, 3, (3, 16, 32, 3), None)
     assert float((again - 0.25).abs().max()) < 2 / 255
     tags = read_metadata(tmp_path / "clips" / "red_00001.mp4")
     assert json.loads(tags["prompt"]) == {"1": {}}
