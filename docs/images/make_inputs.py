@@ -1,6 +1,6 @@
 """Draw what the shipped workflows read, ``workflows/inputs``: ``python docs/images/make_inputs.py``.
 
-A first frame, a short video, the same with sound, and a mask, all from the world of shapes that the bundled model knows.
+A first frame, a short video, the same with sound, and a mask, from the world of shapes that the bundled model knows.
 """
 
 from __future__ import annotations
