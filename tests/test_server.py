@@ -360,7 +360,7 @@ def test_a_dropped_video_goes_through_ordinary_nodes(talk: Talk) -> None:
 
     async def conversation(client: Any, server: Server) -> None:
         prompt = {
-            "1": node("LoadVideo", file="vidgen-circle-sound.mp4"),
+            "1": node("LoadVideo", file="vidgen-sound.mp4"),
             "2": node("GetVideoComponents", video=["1", 0]),
             "3": node("CreateVideo", images=["2", 0], fps=["2", 2], audio=["2", 1]),
             "4": node("SaveVideo", video=["3", 0], filename_prefix="a/b", format="auto", codec="auto"),
@@ -381,7 +381,7 @@ def test_a_dropped_video_goes_through_ordinary_nodes(talk: Talk) -> None:
         shown = next(data["output"]["video"][0] for kind, data in heard if kind == "executed")
         sounds = [
             read_sound(path)
-            for path in (EXAMPLES / "vidgen-circle-sound.mp4", server.places.find("output", "", shown["filename"]))
+            for path in (EXAMPLES / "vidgen-sound.mp4", server.places.find("output", "", shown["filename"]))
         ]
         given, heard_again = (sound.waveform[:, :20000] for sound in sounds if sound is not None)
         # AAC and back, and FLAC, which loses nothing.

@@ -244,7 +244,7 @@ def test_a_workflow_runs_as_it_is_shipped(name: str, tmp_path: Path) -> None:
     assert fps == 8
     assert float(frames.std()) > 4, "the frames are blank"
     if name == "hunyuan_v2v_sound":
-        heard, given = (read_sound(path) for path in (out, WORKFLOWS / "inputs" / "vidgen-circle-sound.mp4"))
+        heard, given = (read_sound(path) for path in (out, WORKFLOWS / "inputs" / "vidgen-sound.mp4"))
         assert heard is not None
         assert heard.waveform.shape[1] == round(17 / 8 * heard.rate_hz)
         # AAC for the second time: a tone stays what it was, but for noise of a hundredth.

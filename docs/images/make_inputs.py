@@ -38,7 +38,7 @@ def main() -> None:
     Image.fromarray(frames(1, STAR)[0]).save(INPUTS / "vidgen-first-frame.png", optimize=True)
     write_video(INPUTS / "vidgen-circle.mp4", frames(2, CIRCLE), fps=shapes.FPS)
     sounding = tone(shapes.NUM_FRAMES / shapes.FPS)
-    write_video(INPUTS / "vidgen-circle-sound.mp4", frames(2, CIRCLE), fps=shapes.FPS, sound=sounding)
+    write_video(INPUTS / "vidgen-sound.mp4", frames(2, CIRCLE), fps=shapes.FPS, sound=sounding)
     alpha = np.full((shapes.SIZE_PX, shapes.SIZE_PX, 4), 128, dtype=np.uint8)
     alpha[..., 3] = 255
     alpha[: shapes.SIZE_PX // 2, :, 3] = 0  # transparent is what is made new: the upper half
