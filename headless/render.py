@@ -23,16 +23,16 @@ from .ui import is_ui, to_prompt
 SAMPLERS = ("VidGenSampler",)
 """nodes that all processes of a team run together"""
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
-MEDIA = frozenset({".mp4", ".m4v", ".mov"})
+MEDIA = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".png", ".webp"})
 
 
 def load_prompt(path: Path, classes: Mapping[str, type]) -> dict[str, dict[str, Any]]:
-    """The API-format prompt of a .json file in API or UI format, or of a video that carries one.
+    """The API-format prompt of a .json file in API or UI format, or of a video or picture that carries one.
 
     Raises:
         FileError: missing, unreadable, or not JSON.
         PromptError: JSON, but not a workflow, or one in UI format with nodes that are not in ``classes``.
-        SettingsError: a video without a workflow.
+        SettingsError: a video or picture without a workflow.
     """
     if path.suffix.lower() in MEDIA:
         from ..vidgen_core.media import read_metadata
@@ -40,7 +40,7 @@ def load_prompt(path: Path, classes: Mapping[str, type]) -> dict[str, dict[str, 
         metadata = read_metadata(path)
         text = metadata.get("prompt") or metadata.get("workflow")
         if text is None:
-            raise SettingsError("This video carries no workflow", given=path, expected="a video saved by Save Video")
+            raise SettingsError("This file carries no workflow", given=path, expected="a file saved by Save Video")
     else:
         try:
             text = path.read_text("utf-8")

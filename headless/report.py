@@ -13,7 +13,7 @@ from typing import Any
 
 from ..vidgen_core.errors import UserError
 
-MEDIA = frozenset({".mp4", ".m4v", ".mov", ".webm", ".gif", ".webp"})
+MEDIA = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif", ".webp"})
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "imageio-ffmpeg", "numpy", "pillow")
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with fp8 matrix units
 
@@ -232,7 +232,9 @@ def _ffmpeg() -> dict[str, Any] | None:
         said = subprocess.run([path, "-version"], capture_output=True, text=True, check=True, timeout=30).stdout
     except (RuntimeError, OSError, subprocess.SubprocessError):
         return None
-    return {"path": path, "version": said.split()[2]}
+    from ..vidgen_core.media import writable
+
+    return {"path": path, "version": said.split()[2], "writes": writable()}
 
 
 def _model(folder: Path) -> dict[str, Any]:
@@ -301,6 +303,8 @@ def doctor_lines(info: dict[str, Any]) -> Iterator[str]:
         yield f"  {device['name']}: {device['title']}{memory}; {', '.join(device['dtypes'])}"
     ffmpeg = info["ffmpeg"]
     yield f"  ffmpeg: {ffmpeg['version'] + ' at ' + ffmpeg['path'] if ffmpeg else 'missing'}"
+    for line in ffmpeg["writes"] if ffmpeg else ():
+        yield f"    {line}"
     yield "What it can do"
     for name, model in info["models"].items():
         if "error" not in model:

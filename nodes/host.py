@@ -31,7 +31,7 @@ log = logging.getLogger("vidgen")
 
 EMBEDDINGS_FOLDER = Path("embeddings") / "vidgen"
 """under ``models/``"""
-VIDEO_ENDINGS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif"})
+VIDEO_ENDINGS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp"})
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 EXAMPLES = Path(__file__).resolve().parents[1] / "workflows" / "inputs"
 """what the shipped workflows read, so that they run before anything is uploaded"""
@@ -68,8 +68,13 @@ class NodeHost(Host, Protocol):
         """The file of an input video or image; FileError if there is none."""
         ...
 
+    def ending(self, chosen: str) -> str:
+        """The ending (``mp4``) that a file saved with ``chosen`` will have: one exact output file has its own."""
+        ...
+
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
-        """(file to write, its folder relative to the output folder); the file does not exist yet, its folder does."""
+        """(file to write, its folder relative to the output folder); the file does not exist yet, its folder does.
+        Without a suffix it is a folder to make."""
         ...
 
     def embeddings(self) -> dict[str, Path]:
@@ -255,8 +260,8 @@ def known_embeddings(host: NodeHost, name: str) -> Path:
 
 
 def numbered(folder: Path, stem: str, suffix: str) -> Path:
-    """``stem_00001.mp4`` with the first number above all that are there."""
-    pattern = re.compile(re.escape(stem) + r"_(\d+)_?\.\w+")
+    """``stem_00001.mp4`` with the first number above all that are there, folders too."""
+    pattern = re.compile(re.escape(stem) + r"_(\d+)_?(\.\w+)?")
     taken = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
     return folder / f"{stem}_{max(taken, default=0) + 1:05d}{suffix}"
 
@@ -301,6 +306,9 @@ class LocalNodeHost(LocalHost):
         if found is None:
             raise FileError("There is no such file", given=name, expected="a path to a video or an image")
         return found
+
+    def ending(self, chosen: str) -> str:
+        return chosen if self.output_file is None else self.output_file.suffix.lower().removeprefix(".")
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         subfolder = ""
@@ -484,6 +492,9 @@ class ComfyHost:
         if found is None:
             raise FileError("There is no such file", given=name, expected="a file in ComfyUI/input")
         return found
+
+    def ending(self, chosen: str) -> str:
+        return chosen
 
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         import folder_paths

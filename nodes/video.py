@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
 
     from ..vidgen_core.bounded import Bound
 
-FORMATS = ["mp4", "webm", "gif", "webp"]
+FORMATS = ["mp4", "webm", "gif", "webp", "mov", "mkv", "png"]
+PICTURES = "png"
+CODECS = ["auto", "h264", "h265", "vp9", "av1", "prores", "ffv1"]
+BITS = ["auto", "8", "10", "16"]
 METHODS = ["tiles", "exact", "exact_disk"]
 METHOD = {
     "default": "tiles",
@@ -206,7 +211,7 @@ def with_mask(images: Tensor, mask: Tensor) -> Tensor:
 class SaveVideo:
     CATEGORY = f"{CATEGORY}/video"
     DESCRIPTION = "Saves frames as a video that carries its workflow: drop the mp4 onto the canvas to get it back."
-    SEARCH_ALIASES = ["video combine", "export", "mp4", "save webm"]
+    SEARCH_ALIASES = ["video combine", "export", "mp4", "save webm", "prores", "png sequence", "audio"]
     RETURN_TYPES = ()
     FUNCTION = "save"
     OUTPUT_NODE = True
@@ -215,8 +220,18 @@ class SaveVideo:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {"images": ("IMAGE", {"tooltip": "The frames."}), **file_widgets()},
+            "optional": more_file_widgets(),
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        format: str = "mp4",  # noqa: A002  the widget's name
+        codec: str = "auto",
+        bit_depth: str = "auto",
+    ) -> bool | str:
+        return can_be_written(format, codec, bit_depth)
 
     def save(
         self,
@@ -225,20 +240,22 @@ class SaveVideo:
         filename_prefix: str,
         format: str,  # noqa: A002  the widget's name
         crf: int,
+        codec: str = "auto",
+        bit_depth: str = "auto",
+        audio: Any = None,
         prompt: Any = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        from ..vidgen_core.media import images_to_frames
         from .host import current
 
-        frames = told(images_to_frames(images), len(images), current())
-        return saved(frames, fps, filename_prefix, format, crf, prompt, extra_pnginfo)
+        file = FileSettings(fps, filename_prefix, format, crf, codec, bit_depth)
+        return saved(told(images, len(images), current()), file, audio, prompt, extra_pnginfo)
 
 
 class DecodeSave:
     CATEGORY = f"{CATEGORY}/video"
     DESCRIPTION = "Decodes exactly and saves each frame as it is finished: a long video need not fit into memory."
-    SEARCH_ALIASES = ["vae decode", "save video", "long video", "low memory"]
+    SEARCH_ALIASES = ["vae decode", "save video", "long video", "low memory", "prores", "png sequence"]
     RETURN_TYPES = ()
     FUNCTION = "save"
     OUTPUT_NODE = True
@@ -253,8 +270,18 @@ class DecodeSave:
                 "method": (METHODS[1:], METHOD | {"default": "exact_disk"}),
                 "memory_gb": ("FLOAT", MEMORY),
             },
+            "optional": more_file_widgets(),
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        format: str = "mp4",  # noqa: A002  the widget's name
+        codec: str = "auto",
+        bit_depth: str = "auto",
+    ) -> bool | str:
+        return can_be_written(format, codec, bit_depth)
 
     def save(
         self,
@@ -266,27 +293,34 @@ class DecodeSave:
         crf: int,
         method: str,
         memory_gb: float,
+        codec: str = "auto",
+        bit_depth: str = "auto",
+        audio: Any = None,
         prompt: Any = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         from ..vidgen_core.generate import decode_frames
-        from ..vidgen_core.media import images_to_frames, video_to_images
+        from ..vidgen_core.media import video_to_images
         from .host import current
 
         current().need(vae)
         samples, bound = video_samples(latent) * codec_scale(vae), coding_bound(method, memory_gb)
         made = decode_frames(vae, samples, bound=bound, host=current(), hidden_frames=hidden_frames(latent))
         # One frame is a video of length 1.
-        frames = (frame for one in made for frame in images_to_frames(video_to_images(one[None, :, None])))
-        return saved(frames, fps, filename_prefix, format, crf, prompt, extra_pnginfo)
+        images = (video_to_images(one[None, :, None])[0] for one in made)
+        file = FileSettings(fps, filename_prefix, format, crf, codec, bit_depth)
+        return saved(images, file, audio, prompt, extra_pnginfo)
 
 
 def file_widgets() -> dict[str, Any]:
     """How a video is written."""
     fps = {"default": 8.0, "min": 0.1, "max": 240.0, "step": 0.1, "round": 0.001, "tooltip": "Frames per second."}
     prefix = "Begin of the file name; a slash makes a folder. A number is added."
-    formats = "mp4 plays everywhere; mp4 and webm carry the workflow, gif and webp do not."
-    crf = "Quality of mp4 and webm: 0 is lossless, 17 looks it, 51 is worst."
+    formats = (
+        "mp4 plays everywhere; mov and mkv are for editing; png is a folder of numbered pictures. "
+        "All but gif carry the workflow, the page restores it from all but mkv. gif and webp are silent."
+    )
+    crf = "Quality of h264, h265, vp9 and av1: 0 is lossless, 17 looks it, 51 is worst."
     return {
         "fps": ("FLOAT", fps),
         "filename_prefix": ("STRING", {"default": "video/VidGen", "tooltip": prefix}),
@@ -295,36 +329,127 @@ def file_widgets() -> dict[str, Any]:
     }
 
 
+def more_file_widgets() -> dict[str, Any]:
+    """What came later: behind all widgets of older workflows."""
+    codec = (
+        "auto: h264 in mp4 and mov, vp9 in webm, ffv1 in mkv. prores (mov) is for editing, ffv1 (mkv) loses nothing, "
+        "av1 and h265 are smaller and slower."
+    )
+    bits = (
+        "Bits of a colour: 10 avoids bands in smooth skies, 16 (ffv1 and png) keeps all. auto: 10 for prores, else 8."
+    )
+    sound = "Begins with the first frame; cut where the video ends, or filled up with silence."
+    return {
+        "codec": (CODECS, {"default": "auto", "tooltip": codec}),
+        "bit_depth": (BITS, {"default": "auto", "tooltip": bits}),
+        "audio": ("AUDIO", {"tooltip": sound}),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class FileSettings:
+    """What the widgets say about the file."""
+
+    fps: float
+    filename_prefix: str
+    format: str
+    crf: int
+    codec: str = "auto"
+    bit_depth: str = "auto"
+
+    @property
+    def bits(self) -> int:
+        """0 where it is left to the codec."""
+        return 0 if self.bit_depth == "auto" else int(self.bit_depth)
+
+
+def can_be_written(ending: str, codec: str, bit_depth: str) -> bool | str:
+    """True if the ffmpeg at hand writes this, else what it writes: for VALIDATE_INPUTS, before anything is computed."""
+    from ..vidgen_core.errors import unknown_name
+    from ..vidgen_core.media import way_of
+    from .host import current
+
+    try:
+        for name, value, known in (
+            ("format", ending, FORMATS),
+            ("codec", codec, CODECS),
+            ("bit_depth", bit_depth, BITS),
+        ):
+            if value is not None and value not in known:  # None comes through a link
+                raise unknown_name(name, value, known)
+        if None in (ending, codec, bit_depth):
+            return True
+        file = FileSettings(1.0, "", current().ending(ending), 0, codec, bit_depth)
+        if file.format == PICTURES:
+            check_pictures(file)
+        else:
+            way_of(f"a.{file.format}", codec, file.bits).check()
+    except UserError as error:
+        return str(error)
+    return True
+
+
+def check_pictures(file: FileSettings) -> None:
+    """Raise SettingsError for what PNG pictures cannot be."""
+    if file.codec != "auto" or file.bits not in (0, 8, 16):
+        raise SettingsError(
+            "PNG pictures are not written so",
+            given=f"codec {file.codec}, bit_depth {file.bit_depth}",
+            expected="codec auto, and bit_depth auto, 8 or 16",
+        )
+
+
 def saved(
-    frames: Any,
-    fps: float,
-    filename_prefix: str,
-    ending: str,
-    crf: int,
+    images: Iterable[Tensor],
+    file: FileSettings,
+    audio: Any,
     prompt: Any,
     extra_pnginfo: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write the frames to a new file of the output folder; what ComfyUI shows of it."""
-    from ..vidgen_core.media import write_video
+    """Write the pictures (H, W, 3) to a new file of the output folder as they come; what ComfyUI shows of it."""
+    from ..vidgen_core.media import images_to_frames, sound_of, way_of, write_series, write_video
     from ..vidgen_core.memory.cancel import listening
     from .host import current
 
     host = current()
-    path, subfolder = host.output_path(filename_prefix, f".{ending}")
+    sound = sound_of(audio)
+    ending = host.ending(file.format)
     tags = ({} if prompt is None else {"prompt": prompt}) | (extra_pnginfo or {})
     metadata = {key: json.dumps(value) for key, value in tags.items()} if host.keeps_metadata() else {}
+    if ending == PICTURES:
+        check_pictures(file)
+        folder, subfolder = host.output_path(file.filename_prefix, "")
+        with listening(host):
+            frames = images_to_frames(images, file.bits or 8)
+            pictures = write_series(folder, frames, fps=file.fps, metadata=metadata, sound=sound)
+        host.result_saved()
+        place = f"{subfolder}/{folder.name}".strip("/")
+        return {"ui": {"images": [{"filename": one.name, "subfolder": place, "type": "output"} for one in pictures]}}
+    path, subfolder = host.output_path(file.filename_prefix, f".{ending}")
+    way = way_of(path, file.codec, file.bits)
     with listening(host):
-        write_video(path, frames, fps=fps, metadata=metadata, crf=crf)
+        frames = images_to_frames(images, way.frame_bits)
+        write_video(
+            path,
+            frames,
+            fps=file.fps,
+            metadata=metadata,
+            crf=file.crf,
+            codec=file.codec,
+            bits=file.bits,
+            sound=sound,
+        )
     host.result_saved()
     shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
-    return {"ui": {"images": [shown], "animated": (True,)}}
+    # The page has a player for some files and would show a broken picture for the others; its lists have them all.
+    return {"ui": {"images": [shown], "animated": (True,)} if way.browsers_play else {"video": [shown]}}
 
 
-def told(frames: Any, total: int, host: Any) -> Any:
-    """The frames, with progress and a look at the cancel button before each."""
-    for number, frame in enumerate(frames):
+def told(images: Tensor, total: int, host: Any) -> Iterator[Tensor]:
+    """The pictures, with progress and a look at the cancel button before each."""
+    for number, image in enumerate(images):
         host.check_cancelled()
-        yield frame
+        yield image
         host.progress("save", number + 1, total)
 
 
@@ -348,11 +473,16 @@ def changed_at(name: str) -> float:
 
 class LoadVideo:
     CATEGORY = f"{CATEGORY}/video"
-    DESCRIPTION = "Reads the frames of a video file."
-    SEARCH_ALIASES = ["import video", "video input"]
-    RETURN_TYPES = ("IMAGE", "FLOAT", "INT")
-    RETURN_NAMES = ("images", "fps", "num_frames")
-    OUTPUT_TOOLTIPS = ("The frames.", "Frames per second of the file.", "How many frames were read.")
+    DESCRIPTION = "Reads the frames and the sound of a video file."
+    SEARCH_ALIASES = ["import video", "video input", "load audio", "png sequence"]
+    RETURN_TYPES = ("IMAGE", "FLOAT", "INT", "AUDIO")
+    RETURN_NAMES = ("images", "fps", "num_frames", "audio")
+    OUTPUT_TOOLTIPS = (
+        "The frames.",
+        "Frames per second of the file.",
+        "How many frames were read.",
+        "The sound of these frames; nothing where the file is silent.",
+    )
     FUNCTION = "load"
 
     @classmethod
@@ -378,13 +508,15 @@ class LoadVideo:
     def IS_CHANGED(cls, video: str, **_: Any) -> float:
         return changed_at(video)
 
-    def load(self, video: str, start_frame: int, max_frames: int) -> tuple[Tensor, float, int]:
-        from ..vidgen_core.media import frames_to_images, read_video
+    def load(self, video: str, start_frame: int, max_frames: int) -> tuple[Tensor, float, int, dict[str, Any] | None]:
+        from ..vidgen_core.media import frames_to_images, read_sound, read_video, span
         from ..vidgen_core.memory.cancel import listening
         from .host import current
 
         host = current()
         path: Path = host.find_input(video)
         with listening(host):
-            frames, fps = read_video(path, start=start_frame, num_frames=max_frames or None)
-        return frames_to_images(frames), fps, len(frames)
+            frames, fps = read_video(path, start=start_frame, num_frames=max_frames or None, all_bits=True)
+            sound = read_sound(path)
+        heard = None if sound is None else span(sound, start_frame / fps, len(frames) / fps)
+        return frames_to_images(frames), fps, len(frames), None if heard is None else heard.as_audio()

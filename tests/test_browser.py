@@ -13,9 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import vidgen
+from vidgen.headless.graph import to_ui
+from vidgen.headless.render import shipped
+from vidgen.vidgen_core import media
 from vidgen.vidgen_core.memory.host import bundled_models
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -237,3 +242,35 @@ def test_a_dropped_json_opens(visit: Visit, kind: str) -> None:
     visit.drop(path.name, path.read_bytes(), "application/json")
     visit.page.wait_for_function("window.app.graph._nodes.some((one) => one.type === 'VidGenLoadVideo')")
     assert visit.widgets("VidGenLoadAll")["model_folder"] in bundled_models()
+
+
+DROPPED = {
+    "mp4": "video/mp4",  # with sound
+    "webm": "video/webm",
+    "av1.webm": "video/webm",
+    "prores.mov": "video/quicktime",
+    "webp": "image/webp",
+    "png": "image/png",
+}
+
+
+@pytest.mark.parametrize("kind", DROPPED)
+def test_a_dropped_file_of_every_kind_opens(visit: Visit, tmp_path: Path, kind: str) -> None:
+    """With the braces of a prompt in it, which a webm does not take as they are."""
+    prompt = shipped("hunyuan_exact_decode")
+    prompt["2"]["inputs"]["prompt"] = "a } { { red circle"
+    tags = {"prompt": prompt, "workflow": to_ui(prompt, vidgen.NODE_CLASS_MAPPINGS)}
+    about = {"fps": 8, "metadata": {key: json.dumps(value) for key, value in tags.items()}}
+    frames = np.zeros((3, 64, 64, 3), np.uint8)
+    codec, _, ending = kind.rpartition(".")
+    if ending == "png":
+        path = media.write_series(tmp_path / "a", frames, **about)[1]
+    else:
+        sound = media.Sound(torch.zeros(1, 8000), 8000) if ending == "mp4" else None
+        path = media.write_video(tmp_path / f"a.{ending}", frames, codec=codec or "auto", sound=sound, **about)
+    visit.open_template()
+    visit.drop(path.name, path.read_bytes(), DROPPED[kind])
+    visit.page.wait_for_function("window.app.graph._nodes.some((one) => one.type === 'VidGenDecodeSave')")
+    assert visit.widgets("VidGenEncodePrompt")["prompt"] == "a } { { red circle"
+    assert visit.widgets("VidGenDecodeSave")["filename_prefix"] == "video/VidGen_exact"
+    assert visit.errors == []

@@ -98,9 +98,7 @@ def test_other_formats_are_written_and_read(tmp_path: Path, ending: str) -> None
     frames, fps = media.read_video(path)
     assert frames.shape == ramp().shape
     assert fps == pytest.approx(10)
-    assert (media.read_metadata(path).get("workflow") == TAGS["workflow"]) == (
-        ending.lower() in (".mov", ".m4v", ".mp4")
-    )
+    assert (media.read_metadata(path).get("workflow") == TAGS["workflow"]) == (ending != ".gif")
 
 
 def test_a_part_of_a_video(tmp_path: Path) -> None:
@@ -168,7 +166,7 @@ def test_unusable_frames(tmp_path: Path, frames: list[np.ndarray], match: str) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan")])
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
 def test_unusable_rates(tmp_path: Path, fps: float) -> None:
     with pytest.raises(SettingsError, match="frame rate"):
         media.write_video(tmp_path / "a.mp4", ramp(), fps=fps)
@@ -176,7 +174,7 @@ def test_unusable_rates(tmp_path: Path, fps: float) -> None:
 
 def test_unusable_places(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="format is not known"):
-        media.write_video(tmp_path / "a.mkv", ramp(), fps=8)
+        media.write_video(tmp_path / "a.avi", ramp(), fps=8)
     with pytest.raises(FileError, match="does not exist"):
         media.write_video(tmp_path / "missing" / "a.mp4", ramp(), fps=8)
     (tmp_path / "b.mp4").mkdir()

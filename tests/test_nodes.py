@@ -54,7 +54,7 @@ WIDGETS_FOREVER = {
     ],
     "VidGenDecode": ["tile_size", "overlap", "temporal_size", "temporal_overlap", "method", "memory_gb"],
     "VidGenEncodeVideo": ["fit", "method", "memory_gb"],
-    "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf"],
+    "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf", "codec", "bit_depth"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
     "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
     "VidGenAttention": [
@@ -70,7 +70,9 @@ WIDGETS_FOREVER = {
     "VidGenSigmas": ["schedule", "steps", "shift", "denoise"],
     "VidGenFromConditioning": [],
     "VidGenCompile": ["mode"],
-    "VidGenDecodeSave": ["fps", "filename_prefix", "format", "crf", "method", "memory_gb"],
+    "VidGenDecodeSave": [
+        *("fps", "filename_prefix", "format", "crf", "method", "memory_gb", "codec", "bit_depth"),
+    ],
     "VidGenStepCache": ["method", "quality", "threshold", "max_skips", "start", "end", "curve"],
     "VidGenCalibrateCache": ["seed", "control_after_generate", "steps", "cfg", "shift", "schedule"],
     "VidGenSkipLayers": ["blocks", "scale", "start", "end"],
@@ -255,18 +257,56 @@ def test_a_saved_video_is_loaded_again(tmp_path: Path) -> None:
     host = hosts.LocalNodeHost(output_folder=tmp_path)
     with hosts.using(host):
         ui = SaveVideo().save(images, 12.5, "clips/red", "mp4", 0, prompt={"1": {}}, extra_pnginfo={"workflow": [1]})
-        again, fps, num_frames = LoadVideo().load(str(host.saved[0]), 1, 3)
+        again, fps, num_frames, silent = LoadVideo().load(str(host.saved[0]), 1, 3)
     assert ui["ui"] == {
         "images": [{"filename": "red_00001.mp4", "subfolder": "clips", "type": "output"}],
         "animated": (True,),
     }
-    assert (fps, num_frames, again.shape) == (12.5, 3, (3, 16, 32, 3))
+    assert (fps, num_frames, again.shape, silent) == (12.5, 3, (3, 16, 32, 3), None)
     assert float((again - 0.25).abs().max()) < 2 / 255
     tags = read_metadata(tmp_path / "clips" / "red_00001.mp4")
     assert json.loads(tags["prompt"]) == {"1": {}}
     assert json.loads(tags["workflow"]) == [1]
     with hosts.using(hosts.LocalNodeHost(output_folder=tmp_path)):
         assert SaveVideo().save(images, 8, "clips/red", "gif", 0)["ui"]["images"][0]["filename"] == "red_00002.gif"
+
+
+AUDIO = {"waveform": 0.5 * torch.sin(torch.arange(8000.0) / 9)[None, None], "sample_rate": 8000}
+
+
+def test_sound_and_all_bits_come_back(tmp_path: Path) -> None:
+    """Through the nodes: a lossless video with its sound, of which a part is loaded."""
+    images = torch.linspace(0, 1, 4 * 15 * 17 * 3).view(4, 15, 17, 3)
+    host = hosts.LocalNodeHost(output_folder=tmp_path)
+    with hosts.using(host):
+        shown = SaveVideo().save(images, 8, "a", "mkv", 17, codec="ffv1", bit_depth="16", audio=AUDIO, prompt={"1": {}})
+        again, fps, num_frames, audio = LoadVideo().load(str(host.saved[0]), 1, 2)
+    assert shown["ui"] == {"video": [{"filename": "a_00001.mkv", "subfolder": "", "type": "output"}]}
+    assert (fps, num_frames) == (8, 2)
+    torch.testing.assert_close(again, images[1:3], rtol=0, atol=1 / 65535)
+    assert audio is not None
+    assert audio["sample_rate"] == 8000
+    torch.testing.assert_close(audio["waveform"], AUDIO["waveform"][..., 1000:3000], rtol=0, atol=2**-22)
+    assert json.loads(read_metadata(host.saved[0])["prompt"]) == {"1": {}}
+
+
+def test_pictures_go_to_a_folder_of_their_own(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    latent = {"samples": torch.randn(1, *empty(parts)["samples"].shape[1:])}
+    host = hosts.LocalNodeHost(output_folder=tmp_path)
+    with hosts.using(host):
+        (whole,) = Decode().decode(parts[1], latent, tile_size=0)
+        for number in (1, 2):
+            save = DecodeSave().save
+            shown = save(parts[1], latent, 8.0, "x/b", "png", 0, "exact", 0.0, bit_depth="16", prompt={"1": {}})
+            pictures = shown["ui"]["images"]
+            assert [one["filename"] for one in pictures] == [f"0000{frame}.png" for frame in range(1, 6)]
+            assert {one["subfolder"] for one in pictures} == {f"x/b_0000{number}"}
+        again, fps, _, audio = LoadVideo().load(str(tmp_path / "x" / "b_00002" / "00001.png"), 0, 0)
+    assert fps == 8
+    assert audio is None
+    # Two ways of decoding, then 16 bits.
+    torch.testing.assert_close(again, whole, rtol=0, atol=1e-4)
+    assert read_metadata(tmp_path / "x" / "b_00002" / "00003.png")["prompt"] == '{"1": {}}'
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -305,6 +345,26 @@ def test_text_encoders_of_another_model(parts: tuple[Any, Any, Any]) -> None:
     other = replace(encoded, text_config=replace(encoded.text_config, llama=llama))
     with pytest.raises(CheckpointError, match="do not belong to this network"):
         Sampler().sample(parts[0], other, empty(parts), **SETTINGS)
+
+
+@pytest.mark.parametrize("cls", [SaveVideo, DecodeSave])
+def test_files_that_cannot_be_written_are_refused_before_anything_runs(cls: Any, tmp_path: Path) -> None:
+    """By VALIDATE_INPUTS, whose words ComfyUI shows."""
+    assert cls.VALIDATE_INPUTS() is True
+    assert cls.VALIDATE_INPUTS("mkv", "ffv1", "16") is True
+    assert cls.VALIDATE_INPUTS("png", "auto", "16") is True
+    assert cls.VALIDATE_INPUTS(None, "prores", "auto") is True, "a format that comes through a link is not known yet"
+    for words, *widgets in (
+        ("mp4 files do not hold this codec", "mp4", "prores", "auto"),
+        ("number of bits", "webm", "auto", "16"),
+        ("no such format", "avi", "auto", "auto"),
+        ("no such bit_depth", "mp4", "auto", "12"),
+        ("PNG pictures", "png", "h264", "auto"),
+        ("PNG pictures", "png", "auto", "10"),
+    ):
+        assert words in str(cls.VALIDATE_INPUTS(*widgets))
+    with hosts.using(hosts.LocalNodeHost(output_file=tmp_path / "a.mov")):
+        assert cls.VALIDATE_INPUTS("mp4", "prores", "auto") is True, "the file's own ending counts"
 
 
 def test_a_part_in_the_wrong_loader(tiny_bundle_dir: Path) -> None:

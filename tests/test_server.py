@@ -23,8 +23,9 @@ from vidgen.headless.render import shipped
 from vidgen.headless.server.app import MAX_NODES, PACK, Server, ServerSettings
 from vidgen.headless.server.places import Places
 from vidgen.headless.server.start import new_server
+from vidgen.nodes.host import EXAMPLES
 from vidgen.vidgen_core.errors import FileError, UserError
-from vidgen.vidgen_core.media import read_metadata
+from vidgen.vidgen_core.media import read_metadata, read_sound
 
 UUID = "0b5b8a1e-6f0f-4c1c-9a55-0a5f6f5d8f11"
 
@@ -355,16 +356,42 @@ def test_an_upload_is_listed_used_and_kept_once(talk: Talk) -> None:
 
 
 def test_a_dropped_video_goes_through_ordinary_nodes(talk: Talk) -> None:
+    """With its sound, into a file that carries the workflow; the sound is loaded from there as from any file."""
+
     async def conversation(client: Any, server: Server) -> None:
         prompt = {
-            "1": node("LoadVideo", file="vidgen-circle.mp4"),
+            "1": node("LoadVideo", file="vidgen-sound.mp4"),
             "2": node("GetVideoComponents", video=["1", 0]),
-            "3": node("CreateVideo", images=["2", 0], fps=["2", 2]),
+            "3": node("CreateVideo", images=["2", 0], fps=["2", 2], audio=["2", 1]),
             "4": node("SaveVideo", video=["3", 0], filename_prefix="a/b", format="auto", codec="auto"),
         }
         heard = await run_prompt(client, prompt)
         shown = next(data["output"]["images"][0] for kind, data in heard if kind == "executed")
         assert shown == {"filename": "b_00001.mp4", "subfolder": "a", "type": "output"}
+        assert json.loads(read_metadata(server.places.find("output", "a", "b_00001.mp4"))["prompt"]).keys() == set(
+            "1234"
+        )
+        prompt = {
+            "1": node("LoadAudio", audio="a/b_00001.mp4 [output]"),
+            "2": node("LoadImage", image="vidgen-black.png"),
+            "3": node("CreateVideo", images=["2", 0], fps=1, audio=["1", 0]),
+            "4": node("SaveVideo", video=["3", 0], filename_prefix="c", format="mkv", codec="h264"),
+        }
+        heard = await run_prompt(client, prompt)
+        shown = next(data["output"]["video"][0] for kind, data in heard if kind == "executed")
+        sounds = [
+            read_sound(path)
+            for path in (EXAMPLES / "vidgen-sound.mp4", server.places.find("output", "", shown["filename"]))
+        ]
+        given, heard_again = (sound.waveform[:, :20000] for sound in sounds if sound is not None)
+        # AAC and back, and FLAC, which loses nothing.
+        assert float((given - heard_again).abs().mean()) < 0.01
+        refused = await client.post(
+            "/prompt",
+            json={"prompt": prompt | {"4": {**prompt["4"], "inputs": {**prompt["4"]["inputs"], "format": "webm"}}}},
+        )
+        assert refused.status == 400
+        assert "webm files do not hold this codec" in await refused.text()
 
     talk(conversation)
 

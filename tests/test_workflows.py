@@ -19,7 +19,7 @@ from vidgen.headless.render import shipped
 from vidgen.nodes.host import LocalNodeHost
 from vidgen.training.lora import Adapters, LoraSettings, write_loras
 from vidgen.vidgen_core.embeddings import Embeddings, save_embeddings
-from vidgen.vidgen_core.media import read_metadata, read_video
+from vidgen.vidgen_core.media import read_metadata, read_sound, read_video
 from vidgen.vidgen_core.memory.host import bundled_models
 from vidgen.vidgen_core.model import load_network, load_text
 
@@ -129,6 +129,7 @@ def test_there_are_workflows() -> None:
         "i2v",
         "i2v_v1",
         "v2v",
+        "v2v_sound",
         "inpaint",
         "outpaint",
         "low_memory",
@@ -212,7 +213,10 @@ def test_numbers_and_links_survive_any_id() -> None:
         "7:1": {"class_type": "VidGenLoadVideo", "inputs": {"video": "a.mp4", "start_frame": 1, "max_frames": 2}},
         "2": {
             "class_type": "VidGenSaveVideo",
-            "inputs": {"images": ["7:1", 0], "fps": ["7:1", 1], "filename_prefix": "a", "format": "gif", "crf": 3},
+            "inputs": {
+                **{"images": ["7:1", 0], "fps": ["7:1", 1], "filename_prefix": "a", "format": "gif", "crf": 3},
+                **{"codec": "auto", "bit_depth": "auto"},
+            },
         },
     }
     ui = to_ui(prompt, NODES)
@@ -239,6 +243,12 @@ def test_a_workflow_runs_as_it_is_shipped(name: str, tmp_path: Path) -> None:
     assert len(frames) == LENGTHS.get(name, 17)
     assert fps == 8
     assert float(frames.std()) > 4, "the frames are blank"
+    if name == "hunyuan_v2v_sound":
+        heard, given = (read_sound(path) for path in (out, WORKFLOWS / "inputs" / "vidgen-sound.mp4"))
+        assert heard is not None
+        assert heard.waveform.shape[1] == round(17 / 8 * heard.rate_hz)
+        # AAC for the second time: a tone stays what it was, but for noise of a hundredth.
+        assert float((heard.waveform - given.waveform[:, : heard.waveform.shape[1]]).abs().mean()) < 0.01
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Draw what the shipped workflows read, ``workflows/inputs``: ``python docs/images/make_inputs.py``.
 
-A first frame, a short video and a mask, all from the world of shapes that the bundled model knows.
+A first frame, a short video, the same with sound, and a mask, from the world of shapes that the bundled model knows.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vidgen.training.data import shapes
-from vidgen.vidgen_core.media import write_video
+from vidgen.vidgen_core.media import Sound, write_video
 
 INPUTS = Path(__file__).resolve().parents[2] / "workflows" / "inputs"
 COMMON = {"size": "medium", "camera": "static", "count": "one", "pattern": shapes.ATTRIBUTES["pattern"][0]}
@@ -25,10 +26,19 @@ def frames(seed: int, wanted: dict[str, str]) -> np.ndarray:
     return np.ascontiguousarray(shapes.render(scene).transpose(1, 2, 3, 0))
 
 
+def tone(length_s: float, rate_hz: int = 22050) -> Sound:
+    """One that rises by an octave, softly begun and ended."""
+    time = torch.linspace(0, 1, round(length_s * rate_hz))
+    phase = (330 * (2**time)).cumsum(0) * (2 * torch.pi / rate_hz)
+    return Sound((0.3 * phase.sin() * (torch.pi * time).sin())[None], rate_hz)
+
+
 def main() -> None:
     INPUTS.mkdir(exist_ok=True)
     Image.fromarray(frames(1, STAR)[0]).save(INPUTS / "vidgen-first-frame.png", optimize=True)
     write_video(INPUTS / "vidgen-circle.mp4", frames(2, CIRCLE), fps=shapes.FPS)
+    sounding = tone(shapes.NUM_FRAMES / shapes.FPS)
+    write_video(INPUTS / "vidgen-sound.mp4", frames(2, CIRCLE), fps=shapes.FPS, sound=sounding)
     alpha = np.full((shapes.SIZE_PX, shapes.SIZE_PX, 4), 128, dtype=np.uint8)
     alpha[..., 3] = 255
     alpha[: shapes.SIZE_PX // 2, :, 3] = 0  # transparent is what is made new: the upper half

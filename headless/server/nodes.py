@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...nodes.host import IMAGE_ENDINGS, VIDEO_ENDINGS, current
-from ...nodes.video import changed_at, found_input, saved, told
+from ...nodes.video import FileSettings, can_be_written, changed_at, found_input, saved, told
 from ...vidgen_core.errors import FileError
 from .host import ServerHost
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 CRF = 17
 """of a video whose node has no widget for it: looks lossless"""
-AUDIO_ENDINGS = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a"})
+AUDIO_ENDINGS = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".au", ".mp4", ".webm", ".mov", ".mkv"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +133,14 @@ class LoadVideo:
         return changed_at(file)
 
     def load(self, file: str) -> tuple[Video]:
-        from ...vidgen_core.media import frames_to_images, read_video
+        from ...vidgen_core.media import frames_to_images, read_sound, read_video
+        from ...vidgen_core.memory.cancel import listening
 
-        frames, fps = read_video(current().find_input(file))
-        return (Video(frames_to_images(frames), fps),)
+        path = current().find_input(file)
+        with listening(current()):
+            frames, fps = read_video(path, all_bits=True)
+            sound = read_sound(path)
+        return (Video(frames_to_images(frames), fps, None if sound is None else sound.as_audio()),)
 
 
 class GetVideoComponents:
@@ -180,11 +183,17 @@ class SaveVideo:
             "required": {
                 "video": ("VIDEO",),
                 "filename_prefix": ("STRING", {"default": "video/ComfyUI"}),
-                "format": (["auto", "mp4", "webm"], {"default": "auto"}),
-                "codec": (["auto", "h264", "vp9"], {"default": "auto"}),
+                "format": (["auto", "mp4", "webm", "mkv"], {"default": "auto"}),
+                "codec": (["auto", "h264", "vp9", "av1"], {"default": "auto"}),
             },
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, format: str = "auto", codec: str = "auto") -> bool | str:  # noqa: A002
+        if None in (format, codec):  # through a link
+            return True
+        return can_be_written(file_ending(format, codec), codec, "auto")
 
     def save(
         self,
@@ -195,12 +204,16 @@ class SaveVideo:
         prompt: Any = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        from ...vidgen_core.media import images_to_frames
+        images = told(video.images, len(video.images), current())
+        file = FileSettings(video.fps, filename_prefix, file_ending(format, codec), CRF, codec)
+        return saved(images, file, video.audio, prompt, extra_pnginfo)
 
-        is_webm = format == "webm" or (format == "auto" and codec == "vp9")
-        frames = told(images_to_frames(video.images), len(video.images), current())
-        ending = "webm" if is_webm else "mp4"
-        return saved(frames, video.fps, filename_prefix, ending, CRF, prompt, extra_pnginfo)
+
+def file_ending(kind: str, codec: str) -> str:
+    """Of the widgets; what is left open is webm for the codecs that were made for it, else mp4."""
+    if kind != "auto":
+        return kind
+    return "webm" if codec in ("vp9", "av1") else "mp4"
 
 
 class LoadAudio:
@@ -221,29 +234,15 @@ class LoadAudio:
         return changed_at(audio)
 
     def load(self, audio: str) -> tuple[dict[str, Any]]:
-        return (read_audio(current().find_input(audio)),)
+        from ...vidgen_core.media import read_sound
+        from ...vidgen_core.memory.cancel import listening
 
-
-SAMPLE_RATE = 44100
-
-
-def read_audio(path: Path) -> dict[str, Any]:
-    """A sound file as ComfyUI's AUDIO: ``waveform`` (1, 2, samples) in [-1, 1] at 44.1 kHz.
-
-    Raises:
-        FileError: it is damaged or holds no sound.
-    """
-    import subprocess
-
-    import imageio_ffmpeg
-    import torch
-
-    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path)]
-    run = subprocess.run([*program, "-f", "f32le", "-ac", "2", "-ar", str(SAMPLE_RATE), "-"], capture_output=True)
-    if run.returncode or not run.stdout:
-        raise FileError("The sound cannot be read", given=path.name, expected="a file with sound that ffmpeg reads")
-    samples = torch.frombuffer(bytearray(run.stdout), dtype=torch.float32)
-    return {"waveform": samples.view(-1, 2).T.contiguous()[None], "sample_rate": SAMPLE_RATE}
+        path = current().find_input(audio)
+        with listening(current()):
+            sound = read_sound(path)
+        if sound is None:
+            raise FileError("The file has no sound", given=path.name, expected="a file with sound in it")
+        return (sound.as_audio(),)
 
 
 NODES: dict[str, type] = {
