@@ -252,11 +252,7 @@ class Results:
     def begin(self, job: Job) -> Path:
         folder = self.folder / UNFINISHED / f"{job.name}-{job.digest}"
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.suffix != UNFINISHED:
-                path.unlink()
+        _sweep(folder)
         return folder
 
     def keep(self, job: Job, files: Sequence[Path]) -> list[Path]:
@@ -281,10 +277,20 @@ class Results:
     def close(self) -> None:
         place = self.folder / UNFINISHED
         for folder in place.iterdir() if place.is_dir() else ():
+            _sweep(folder)
             if not any(folder.iterdir()):
                 folder.rmdir()
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    """Leave nothing but an interrupted run."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != UNFINISHED:
+            path.unlink()
 
 
 class SingleResult:
