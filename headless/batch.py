@@ -480,7 +480,7 @@ class _Work:
         return self.worker.render(self.job, self.folder, self._tell)
 
     def _tell(self, event: str, about: Mapping[str, Any]) -> None:
-        self.tell(event, self.job.about() | dict(about))
+        self.tell(event, self.job.about() | {"worker": self.worker.name} | dict(about))
 
 
 def _in_thread(work: Callable[[], T]) -> Future[T]:

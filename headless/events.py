@@ -58,4 +58,4 @@ class BatchWords:
 
 
 def _where(about: Mapping[str, Any]) -> str:
-    return f"line {about['line']} ({about['name']})" if "line" in about else str(about["worker"])
+    return f"line {about['line']} ({about['name']})" if "line" in about else str(about["name"])

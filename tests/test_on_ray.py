@@ -1,0 +1,108 @@
+"""`vidgen render --ray`: a cluster of two workers on this machine, one of which is killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vidgen.headless.batch import Results, run_batch
+from vidgen.headless.cli import main
+from vidgen.headless.on_ray import ActorSettings, cluster, workers_of
+from vidgen.headless.stop import Stop
+from vidgen.vidgen_core.errors import SettingsError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import batch_work as work
+
+Told = list[tuple[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def _two_cpus() -> Iterator[None]:
+    """A cluster of its own: never one that happens to run here."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    yield
+    ray.shutdown()
+
+
+def settings_in(folder: Path) -> ActorSettings:
+    import vidgen
+
+    return ActorSettings(
+        device="cpu", folders=[], custom_nodes=[work.LAB], working_folder=folder, version=vidgen.__version__
+    )
+
+
+@pytest.mark.usefixtures("_two_cpus")
+def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(tmp_path: Path) -> None:
+    notes, out = tmp_path / "notes", tmp_path / "out"
+    jobs = work.jobs_of(work.write_lines(tmp_path / "p.jsonl", work.seeds(16)), work.workflow(notes, seconds=0.3))
+    told: Told = []
+    killed: list[int] = []
+
+    def tell(event: str, about: Mapping[str, Any]) -> None:
+        told.append((event, dict(about)))
+        done = [about for kind, about in told if kind == "finished"]
+        if event == "finished" and len(done) >= 4 and len({about["worker"] for about in done}) == 2 and not killed:
+            # The last that began to draw is in the middle of it.
+            killed.append(int(work.noted(notes, "draw")[-1][0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    stop = Stop()
+    with cluster(None):
+        workers = workers_of(settings_in(tmp_path), num_jobs=16, num_cpus=1, stop=stop)
+        assert len(workers) == 2
+        outcome = run_batch(jobs, workers, Results(out), stop=stop, tell=tell)
+    assert not outcome.failed
+    assert len([about for kind, about in told if kind == "lost"]) == 1
+    finished = [about["name"] for kind, about in told if kind == "finished"]
+    assert sorted(finished) == sorted(job.name for job in jobs)  # each once
+    drawn = [int(pid) for pid, _ in work.noted(notes, "draw")]
+    assert len(drawn) == 17
+    loaded = [int(pid) for (pid,) in work.noted(notes, "load")]
+    assert len(loaded) == len(set(loaded))  # each actor loads once
+    assert set(drawn) == set(loaded)
+    assert os.getpid() not in drawn
+    assert work.contents(out) == work.sequential(jobs, tmp_path / "alone")
+    record = [json.loads(line)["name"] for line in (out / "results.jsonl").read_text().splitlines()]
+    assert sorted(record) == sorted(finished)
+
+
+@pytest.mark.usefixtures("_two_cpus")
+def test_the_command_finds_files_beside_it_and_tells_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("flow.json").write_text(json.dumps(work.workflow("notes")))  # a name, not a path: actors begin elsewhere
+    Path("packs").symlink_to(work.LAB.parent)
+    lines = work.seeds(3)
+    lines[1]["set"]["LabDraw.mood"] = "bad"
+    lines[2]["set"]["LabKeep.copies"] = 2
+    work.write_lines(Path("p.jsonl"), lines)
+    command = ["render", "flow.json", "--prompts", "p.jsonl", "--custom-nodes", "packs", "-o", "out", "-q", "--ray"]
+    command += ["--device", "cpu", "--ray-cpus", "2"]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert said.out.split() == ["out/seed-1.txt", "out/seed-3.txt", "out/seed-3.2.txt"]
+    assert "line 2 (seed-2): Node 2 (LabDraw): seed 2 is not in the mood" in said.err
+    assert len(work.noted(tmp_path / "notes", "load")) == 1  # one actor, because each has two CPUs
+    assert set(work.contents(tmp_path / "out")) == {"seed-1.txt", "seed-3.txt", "seed-3.2.txt"}
+    assert main([*command[:-1], "3"]) == 1
+    assert "Given: --ray-cpus 3. Expected: from 1 to 2" in capsys.readouterr().err
+
+
+def test_an_address_without_a_cluster_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="no Ray cluster"), cluster("nowhere"):
+        pass
