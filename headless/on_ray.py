@@ -149,12 +149,17 @@ class RayWorker:
     def __init__(self, name: str, settings: ActorSettings, needs: Mapping[str, float], stop: Stop) -> None:
         self.name, self.settings, self.needs, self.stop = name, settings, needs, stop
         self.is_closed = False
-        self.actor: Any = None
+        self.actor: Any = self._new()
+
+    def _new(self) -> Any:
+        import ray
+
+        return ray.remote(Renderer).options(**self.needs).remote(self.settings)
 
     def ready(self) -> bool:
         import ray
 
-        self.actor = ray.remote(Renderer).options(**self.needs).remote(self.settings)
+        self.actor = self.actor or self._new()
         answer = self.actor.ready.remote()
         end = time.monotonic() + START_S
         while not (self.is_closed or self.stop.event.is_set()) and time.monotonic() < end:
@@ -174,6 +179,7 @@ class RayWorker:
         # The actor is gone, or the machine on which its result lay.
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             ray.kill(self.actor)
+            self.actor = None
             raise WorkerLost(" ".join(str(error).split())) from error
         if failed is not None:
             raise JobFailed(failed)

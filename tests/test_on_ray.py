@@ -64,6 +64,7 @@ def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(tmp_path: Path) ->
     with cluster(None):
         workers = workers_of(settings_in(tmp_path), num_jobs=16, num_cpus=1, stop=stop)
         assert len(workers) == 2
+        assert all(worker.ready() for worker in workers)  # or the first may be done before the second has begun
         outcome = run_batch(jobs, workers, Results(out), stop=stop, tell=tell)
     assert not outcome.failed
     assert len([about for kind, about in told if kind == "lost"]) == 1
