@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..nodes.host import make_folder, numbered
-from ..vidgen_core.errors import FileError, SettingsError, UserError
+from ..vidgen_core.errors import Cancelled, FileError, SettingsError, UserError
 from ..vidgen_core.media import check_writable
+from ..vidgen_core.weights.save import write_error
 from .events import Tell
 from .executor import Classes, Prompt, as_link, order
 from .render import override_by_name
@@ -38,6 +39,10 @@ MAX_TRIES = 3
 """of one prompt, where the workers that had it were lost: it may be what they die of"""
 MAX_NAME = 100
 _NAME = re.compile(r"\w([\w -]*\w)?")
+STOP_S = 20.0
+"""how long the workers may take to stop by themselves, so that unfinished runs are kept"""
+CLOSE_S = 2.0
+"""how long they may take to notice that they are closed"""
 _LOOK_S = 0.2
 
 T = TypeVar("T")
@@ -258,8 +263,15 @@ class Results:
     def keep(self, job: Job, files: Sequence[Path]) -> list[Path]:
         named = [job.name if place == 1 else f"{job.name}.{place}" for place in range(1, len(files) + 1)]
         kept = [self.folder / f"{name}{path.suffix}" for name, path in zip(named, files, strict=True)]
-        for path, final in zip(files, kept, strict=True):
+        try:
+            return self._keep(job, dict(zip(files, kept, strict=True)))
+        except OSError as error:
+            raise write_error(self.folder / job.name, error) from error
+
+    def _keep(self, job: Job, moves: Mapping[Path, Path]) -> list[Path]:
+        for path, final in moves.items():
             os.replace(path, final)
+        kept = list(moves.values())
         before = self._known.get(job.name, {"files": []})["files"]
         for one in before:  # of the same name, by another prompt
             if self.folder / one["file"] not in kept:
@@ -378,15 +390,14 @@ def run_batch(jobs: Sequence[Job], workers: Sequence[Worker], results: Store, *,
             stop.check()
             run.hand_out()
             run.look()
+    except Cancelled:
+        run.wait_for_stop()
+        raise
     finally:
-        run.close(is_stopped=stop.event.is_set())
+        run.close()
         results.close()
         tell("end", {"finished": len(run.outcome.files), "failed": len(run.outcome.failed)})
     return run.outcome
-
-
-STOP_S = 20.0
-"""how long the workers may take to stop by themselves, so that unfinished runs are kept"""
 
 
 class _Run:
@@ -456,17 +467,17 @@ class _Run:
         self.outcome.failed[job.name] = why
         self.tell("failed", job.about() | {"error": why})
 
-    def close(self, *, is_stopped: bool) -> None:
+    def wait_for_stop(self) -> None:
         """The workers hear of a stop by themselves; a result that is ready by then is kept."""
-        if is_stopped:
-            wait(list(self.busy), timeout=STOP_S)
-            for future in [future for future in self.busy if future.done()]:
-                _, job, _ = self.busy.pop(future)
-                if future.exception() is None:
-                    self.outcome.files[job.name] = self.results.keep(job, future.result())
+        wait(list(self.busy), timeout=STOP_S)
+        for future in [future for future in self.busy if future.done()]:
+            if future.exception() is None:
+                self._take(future)
+
+    def close(self) -> None:
         for worker in self.workers:
             worker.close()
-        wait(list(self.coming), timeout=STOP_S)
+        wait([*self.coming, *self.busy], timeout=CLOSE_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -320,9 +320,16 @@ def _render(arguments: argparse.Namespace) -> int:
         if any(value is not None for value in (arguments.prompts, arguments.server, arguments.ray)):
             from .cli_batch import render_batch
 
-            return render_batch(arguments, model_folders(arguments.models), tell)
+            try:
+                return render_batch(arguments, model_folders(arguments.models), tell)
+            except Cancelled:
+                sys.stderr.write("vidgen: stopped; the same command goes on with the prompts that are left\n")
+                if tell is not None:
+                    tell("stopped", {})
+                return EXIT_STOPPED
         packs = load_packs(arguments.custom_nodes, own_packs())
-        packs.tell_problems()
+        if arguments.member is None:  # and not once more by each process of a team
+            packs.tell_problems()
         return _rendering(arguments, prompt_of, packs.classes, tell)
     except UserError as error:
         if tell is not None:
@@ -363,6 +370,8 @@ def _rendering(
     except Stopped as stopped:
         advice = _going_on(stopped.kept) or "nothing was begun that could be kept"
         sys.stderr.write(f"vidgen: stopped; {advice}\n")
+        if tell is not None:
+            tell("stopped", {"kept": stopped.kept})
         return EXIT_STOPPED
     except NodeError as error:
         if not isinstance(error.__cause__, UserError):

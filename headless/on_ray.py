@@ -174,6 +174,8 @@ class RayWorker:
         while not ray.wait([answer], timeout=_LOOK_S)[0]:
             if self.stop.event.is_set():
                 raise Cancelled("stopped by the user")
+            if self.is_closed:  # asking once more, after the end, would make Ray begin anew
+                raise WorkerLost("it is not needed any more")
         try:
             files, failed = ray.get(answer)
         # The actor is gone, or the machine on which its result lay.

@@ -369,7 +369,7 @@ def _check_success(record: Mapping[str, Any]) -> None:
 def _outputs(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The files that a prompt saved, not what it only showed."""
     for shown in (record.get("outputs") or {}).values():
-        for items in shown.values():
+        for items in shown.values() if isinstance(shown, Mapping) else ():
             for item in items if isinstance(items, list) else ():
                 if isinstance(item, Mapping) and item.get("filename") and item.get("type") == "output":
                     yield item

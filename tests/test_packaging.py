@@ -18,7 +18,17 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("accelerate", "aiohttp", "cv2", "diffusers", "imageio_ffmpeg", "matplotlib", "ray", "sentencepiece", "transformers")
+HEAVY = (
+    "accelerate",
+    "aiohttp",
+    "cv2",
+    "diffusers",
+    "imageio_ffmpeg",
+    "matplotlib",
+    "ray",
+    "sentencepiece",
+    "transformers",
+)
 PACKAGE_FOLDERS = ("benchmarks", "headless", "nodes", "training", "vidgen_core")
 IMPORT_NAMES = {"imageio-ffmpeg": "imageio_ffmpeg", "pillow": "PIL"}
 """Where a distribution's import name is not its own."""
@@ -116,7 +126,8 @@ def test_every_place_says_the_same_version(pyproject: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/BATCH.md", "docs/FAMILIES.md", "docs/TRAINING.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/BATCH.md", "docs/FAMILIES.md", "docs/TRAINING.md"],
 )
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     file = ROOT / document
