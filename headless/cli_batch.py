@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import SettingsError
+from ..vidgen_core.media import FORMATS
 from .batch import Job, Results, SingleResult, Store, Worker, read_jobs, run_batch
 from .custom_nodes import load_packs, own_packs
 from .events import BatchWords, Tell
@@ -77,7 +78,7 @@ def _check_together(arguments: argparse.Namespace) -> None:
         if is_refused:
             raise SettingsError("These options do not go together", given=f"{option} and {other}", do="leave one out")
     output = arguments.output
-    if is_many and output is not None and output.suffix and not output.is_dir():
+    if is_many and output is not None and output.suffix.lower() in FORMATS and not output.is_dir():
         raise SettingsError("Many results need a folder", given=f"-o {output}", expected="a folder, such as -o results")
 
 

@@ -25,16 +25,17 @@ Told = list[tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def _two_cpus() -> Iterator[None]:
-    """A cluster of its own: never one that happens to run here."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
+def address() -> Iterator[str]:
+    """A cluster of one machine with two CPUs, to connect to as a user does; nothing else that runs here is touched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: on a busy machine an actor would wait for all others
+        from ray.cluster_utils import Cluster
 
-    ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
-    yield
-    ray.shutdown()
+        has = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 100 * 2**20}
+        machines = Cluster(initialize_head=True, head_node_args={**has, "include_dashboard": False})
+        yield machines.address
+        machines.shutdown()
 
 
 def settings_in(folder: Path) -> ActorSettings:
@@ -45,8 +46,7 @@ def settings_in(folder: Path) -> ActorSettings:
     )
 
 
-@pytest.mark.usefixtures("_two_cpus")
-def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(tmp_path: Path) -> None:
+def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(address: str, tmp_path: Path) -> None:
     notes, out = tmp_path / "notes", tmp_path / "out"
     jobs = work.jobs_of(work.write_lines(tmp_path / "p.jsonl", work.seeds(16)), work.workflow(notes, seconds=0.3))
     told: Told = []
@@ -61,7 +61,7 @@ def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(tmp_path: Path) ->
             os.kill(killed[0], signal.SIGKILL)
 
     stop = Stop()
-    with cluster(None):
+    with cluster(address):
         workers = workers_of(settings_in(tmp_path), num_jobs=16, num_cpus=1, stop=stop)
         assert len(workers) == 2
         assert all(worker.ready() for worker in workers)  # or the first may be done before the second has begun
@@ -81,9 +81,8 @@ def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(tmp_path: Path) ->
     assert sorted(record) == sorted(finished)
 
 
-@pytest.mark.usefixtures("_two_cpus")
 def test_the_command_finds_files_beside_it_and_tells_what_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("flow.json").write_text(json.dumps(work.workflow("notes")))  # a name, not a path: actors begin elsewhere
@@ -92,7 +91,19 @@ def test_the_command_finds_files_beside_it_and_tells_what_failed(
     lines[1]["set"]["LabDraw.mood"] = "bad"
     lines[2]["set"]["LabKeep.copies"] = 2
     work.write_lines(Path("p.jsonl"), lines)
-    command = ["render", "flow.json", "--prompts", "p.jsonl", "--custom-nodes", "packs", "-o", "out", "-q", "--ray"]
+    command = [
+        "render",
+        "flow.json",
+        "--prompts",
+        "p.jsonl",
+        "--custom-nodes",
+        "packs",
+        "-o",
+        "out",
+        "-q",
+        "--ray",
+        address,
+    ]
     command += ["--device", "cpu", "--ray-cpus", "2"]
     assert main(command) == 1
     said = capsys.readouterr()
