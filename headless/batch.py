@@ -236,7 +236,7 @@ class Results:
         self._known: dict[str, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            text = self._record.read_text("utf-8") if self._record.exists() else ""
+            text = self._record.read_text("utf-8", errors="replace") if self._record.exists() else ""
             # A crash may have left half a line, and nothing may be written behind it.
             self._begin = "" if not text or text.endswith("\n") else "\n"
         except OSError as error:

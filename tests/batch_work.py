@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,13 @@ from vidgen.headless.stop import Stop
 LAB = Path(__file__).resolve().parent / "packs" / "lab"
 
 
-def workflow(notes: Path | str = "", *, seconds: float = 0.0) -> dict[str, Any]:
+def workflow(notes: Path | str = "") -> dict[str, Any]:
     """Load -> Draw -> Keep, in API format."""
     return {
         "1": {"class_type": "LabLoad", "inputs": {"notes": str(notes)}},
         "2": {
             "class_type": "LabDraw",
-            "inputs": {"model": ["1", 0], "seed": 0, "seconds": seconds, "mood": "good", "notes": str(notes)},
+            "inputs": {"model": ["1", 0], "seed": 0, "mood": "good", "notes": str(notes)},
         },
         "3": {"class_type": "LabKeep", "inputs": {"numbers": ["2", 0], "copies": 1}},
     }
@@ -43,6 +47,31 @@ def write_lines(file: Path, lines: Sequence[Any]) -> Path:
 def seeds(count: int) -> list[dict[str, Any]]:
     """Lines ``seed-1``, ``seed-2``, ..."""
     return [{"name": f"seed-{seed}", "set": {"LabDraw.seed": seed}} for seed in range(1, count + 1)]
+
+
+STUBBORN = 8
+"""the seed at which the first worker hangs until it is killed"""
+
+
+def sixteen(folder: Path) -> list[Job]:
+    """Jobs of which one hangs in the first process that takes it; what they did is noted in ``folder / "notes"``."""
+    lines = seeds(16)
+    lines[STUBBORN - 1]["set"]["LabDraw.mood"] = "stubborn"
+    return jobs_of(write_lines(folder / "p.jsonl", lines), workflow(folder / "notes"))
+
+
+def kill_the_stubborn(notes: Path) -> None:
+    """In a thread: end the process that hangs, as soon as one does."""
+
+    def watch() -> None:
+        while True:
+            for pid, seed in noted(notes, "draw"):
+                if int(seed) == STUBBORN:
+                    os.kill(int(pid), signal.SIGKILL)
+                    return
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def jobs_of(file: Path, prompt: Mapping[str, Any]) -> list[Job]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from vidgen.vidgen_core.errors import SettingsError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import batch_work as work
-
-Told = list[tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -47,33 +44,23 @@ def settings_in(folder: Path) -> ActorSettings:
 
 
 def test_sixteen_prompts_on_two_actors_one_of_which_is_killed(address: str, tmp_path: Path) -> None:
-    notes, out = tmp_path / "notes", tmp_path / "out"
-    jobs = work.jobs_of(work.write_lines(tmp_path / "p.jsonl", work.seeds(16)), work.workflow(notes, seconds=0.3))
-    told: Told = []
-    killed: list[int] = []
-
-    def tell(event: str, about: Mapping[str, Any]) -> None:
-        told.append((event, dict(about)))
-        done = [about for kind, about in told if kind == "finished"]
-        if event == "finished" and len(done) >= 4 and len({about["worker"] for about in done}) == 2 and not killed:
-            # The last that began to draw is in the middle of it.
-            killed.append(int(work.noted(notes, "draw")[-1][0]))
-            os.kill(killed[0], signal.SIGKILL)
-
-    stop = Stop()
+    jobs, notes, out, stop = work.sixteen(tmp_path), tmp_path / "notes", tmp_path / "out", Stop()
+    told: list[tuple[Any, ...]] = []
+    work.kill_the_stubborn(notes)
     with cluster(address):
         workers = workers_of(settings_in(tmp_path), num_jobs=16, num_cpus=1, stop=stop)
         assert len(workers) == 2
         assert all(worker.ready() for worker in workers)  # or the first may be done before the second has begun
-        outcome = run_batch(jobs, workers, Results(out), stop=stop, tell=tell)
+        outcome = run_batch(jobs, workers, Results(out), stop=stop, tell=lambda *event: told.append(event))
     assert not outcome.failed
-    assert len([about for kind, about in told if kind == "lost"]) == 1
+    assert [about["name"] for kind, about in told if kind == "lost"] == [f"seed-{work.STUBBORN}"]
     finished = [about["name"] for kind, about in told if kind == "finished"]
     assert sorted(finished) == sorted(job.name for job in jobs)  # each once
     drawn = [int(pid) for pid, _ in work.noted(notes, "draw")]
     assert len(drawn) == 17
     loaded = [int(pid) for (pid,) in work.noted(notes, "load")]
     assert len(loaded) == len(set(loaded))  # each actor loads once
+    assert len(set(drawn)) >= 2
     assert set(drawn) == set(loaded)
     assert os.getpid() not in drawn
     assert work.contents(out) == work.sequential(jobs, tmp_path / "alone")

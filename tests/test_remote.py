@@ -45,48 +45,23 @@ def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 @pytest.fixture(scope="module")
-def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that lives as long as the tests."""
-    with serving(tmp_path_factory.mktemp("steady")) as (url, _):
-        yield url
-
-
-def test_sixteen_prompts_on_two_servers_one_of_which_is_killed(steady: str, tmp_path: Path) -> None:
-    notes, out = tmp_path / "notes", tmp_path / "out"
-    (tmp_path / "doomed").mkdir()
-    file = work.write_lines(tmp_path / "p.jsonl", work.seeds(16))
-    jobs = work.jobs_of(file, work.workflow(notes, seconds=0.3))
-    told: Told = []
-    with serving(tmp_path / "doomed") as (first, doomed):
-        workers, classes = connect(parse_servers(f"{first},{steady}"), Stop())
-        assert {"LabDraw", "VidGenSampler", "LoadImage"} <= classes.keys()
-
-        def tell(event: str, about: Mapping[str, Any]) -> None:
-            told.append((event, dict(about)))
-            done = sum(kind == "finished" for kind, _ in told)
-            if event == "node" and about["worker"] == first and about["node"] == "2" and done >= 4:
-                doomed.kill()  # in the middle of it
-
-        outcome = run_batch(jobs, workers, Results(out), stop=Stop(), tell=tell)
-    assert not outcome.failed
-    lost = [about for kind, about in told if kind == "lost"]
-    assert [about["worker"] for about in lost] == [first]
-    finished = [about for kind, about in told if kind == "finished"]
-    assert sorted(about["name"] for about in finished) == sorted(job.name for job in jobs)
-    assert {about["worker"] for about in finished} == {first, steady}
-    assert len(work.noted(notes, "draw")) == 17  # one of them twice, and kept once
-    assert work.contents(out) == work.sequential(jobs, tmp_path / "alone")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Two of them; the last test ends one."""
+    first, second = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    with serving(first) as one, serving(second) as two:
+        yield dict([one, two])
 
 
 def test_one_prompt_goes_to_a_server_and_comes_back_under_its_name(
-    steady: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    servers: dict[str, subprocess.Popen[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    url, *_ = servers
     flow = tmp_path / "flow.json"
     flow.write_text(json.dumps(work.workflow()))
 
     def render(output: Path, *settings: str) -> int:
         changes = [word for setting in settings for word in ("--set", setting)]
-        return main(["render", str(flow), "--server", steady, "-o", str(output), "-q", *changes])
+        return main(["render", str(flow), "--server", url, "-o", str(output), "-q", *changes])
 
     assert render(tmp_path, "Draw Numbers.seed=1") == 1
     assert "There is no such node" in capsys.readouterr().err
@@ -99,6 +74,25 @@ def test_one_prompt_goes_to_a_server_and_comes_back_under_its_name(
     assert render(tmp_path, "LabDraw.mood=bad") == 1
     assert "flow: Node 2 (LabDraw): seed 0 is not in the mood" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "a_2.txt", "flow.json"]
+
+
+def test_sixteen_prompts_on_two_servers_one_of_which_is_killed(
+    servers: dict[str, subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    jobs, notes, out = work.sixteen(tmp_path), tmp_path / "notes", tmp_path / "out"
+    told: list[tuple[Any, ...]] = []
+    work.kill_the_stubborn(notes)
+    workers, classes = connect(parse_servers(",".join(servers)), Stop())
+    assert {"LabDraw", "VidGenSampler", "LoadImage"} <= classes.keys()
+    outcome = run_batch(jobs, workers, Results(out), stop=Stop(), tell=lambda *event: told.append(event))
+    assert not outcome.failed
+    (lost,) = [about for kind, about in told if kind == "lost"]
+    assert lost["name"] == f"seed-{work.STUBBORN}"
+    finished = [about for kind, about in told if kind == "finished"]
+    assert sorted(about["name"] for about in finished) == sorted(job.name for job in jobs)  # each once
+    assert [about["worker"] for about in finished if about["name"] == lost["name"]] != [lost["worker"]]
+    assert len(work.noted(notes, "draw")) == 17
+    assert work.contents(out) == work.sequential(jobs, tmp_path / "alone")
 
 
 def test_a_server_that_does_not_answer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
