@@ -171,7 +171,7 @@ def test_the_server_has_nodes_pages_and_help_of_packs(tmp_path: Path) -> None:
         info = await (await client.get("/object_info")).json()
         assert info["LabDraw"]["python_module"] == "custom_nodes.lab"
         assert info["LabDraw"]["display_name"] == "Draw Numbers"
-        assert info["LabDraw"]["input"]["required"]["mood"][0] == ["good", "bad"]
+        assert info["LabDraw"]["input"]["required"]["mood"][0] == ["good", "bad", "stubborn"]
         assert info["LabDraw"]["output_name"] == ["numbers"]
         assert "Flaky" in info  # also what JSON has no word for
         server.classes["Flaky"].is_tired = True  # type: ignore[attr-defined]
