@@ -19,6 +19,7 @@ from .team import Member, check_team, run_team
 
 if TYPE_CHECKING:
     from ..vidgen_core.types import VideoShape
+    from .events import Tell
 
 EXIT_ERROR = 1
 CACHE_QUALITY = "careful"
@@ -172,6 +173,8 @@ def _add_render(commands: Any) -> None:
     )
     parser.add_argument("file", type=Path)
     _add_set(parser)
+    _add_batch(parser)
+    _add_custom_nodes(parser)
     _add_budget(parser)
     parser.add_argument("-o", "--output", type=Path, help="the video, or a folder for several (default: output/)")
     _add_common(parser)
@@ -210,6 +213,40 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='render once for each line, such as {"name": "star", "set": {"Prompt.prompt": "a red star"}}: models are '
+        "loaded once, and the same command goes on where it was stopped",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--server", metavar="URL[,URL...]", help="render on running servers: ComfyUI, or vidgen serve")
+    where.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="render --prompts on a Ray cluster; without an address on this machine's (extra: ray)",
+    )
+    parser.add_argument(
+        "--ray-cpus", type=int, default=4, metavar="N", help="CPUs of each actor where there are no GPUs (default 4)"
+    )
+    parser.add_argument("--json", action="store_true", help="events as JSON on standard output; see docs/BATCH.md")
+
+
+def _add_custom_nodes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--custom-nodes",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a node pack of others, or a folder with packs, that needs nothing of ComfyUI; its code runs here",
+    )
+
+
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
@@ -226,6 +263,7 @@ def _add_serve(commands: Any) -> None:
     )
     parser.add_argument("--open", action="store_true", help="open the browser")
     parser.add_argument("--api-only", action="store_true", help="without the page")
+    _add_custom_nodes(parser)
     _add_device_and_models(parser)
     parser.set_defaults(command=_serve)
 
@@ -264,25 +302,52 @@ def _add_device_and_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    return _rendering(arguments, generate_prompt)
+    from .. import NODE_CLASS_MAPPINGS
+
+    return _rendering(arguments, generate_prompt, NODE_CLASS_MAPPINGS)
 
 
 def _render(arguments: argparse.Namespace) -> int:
+    from .custom_nodes import load_packs, own_packs
+    from .events import JsonEvents
     from .render import load_prompt, override
 
     def prompt_of(arguments: argparse.Namespace, classes: Mapping[str, type]) -> dict[str, Any]:
         return override(load_prompt(arguments.file, classes), classes, arguments.set)
 
-    return _rendering(arguments, prompt_of)
+    tell = JsonEvents(sys.stdout) if arguments.json else None
+    try:
+        if any(value is not None for value in (arguments.prompts, arguments.server, arguments.ray)):
+            from .cli_batch import render_batch
+
+            try:
+                return render_batch(arguments, model_folders(arguments.models), tell)
+            except Cancelled:
+                sys.stderr.write("vidgen: stopped; the same command goes on with the prompts that are left\n")
+                if tell is not None:
+                    tell("stopped", {})
+                return EXIT_STOPPED
+        packs = load_packs(arguments.custom_nodes, own_packs())
+        if arguments.member is None:  # and not once more by each process of a team
+            packs.tell_problems()
+        return _rendering(arguments, prompt_of, packs.classes, tell)
+    except UserError as error:
+        if tell is not None:
+            tell("failed", {"error": str(error)})
+        raise
 
 
-def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str, Any]]) -> int:
+def _rendering(
+    arguments: argparse.Namespace,
+    prompt_of: Callable[..., dict[str, Any]],
+    classes: Mapping[str, type],
+    tell: Tell | None = None,
+) -> int:
     """Make the prompt, run it, and say where the videos are (standard output) or why there are none."""
-    from .. import NODE_CLASS_MAPPINGS
     from .executor import NodeError
     from .render import Stopped, render
 
-    prompt = prompt_of(arguments, NODE_CLASS_MAPPINGS)
+    prompt = prompt_of(arguments, classes)
     size = arguments.context_parallel
     if size != 1 and arguments.member is None:
         check_team(size, arguments.device)
@@ -291,7 +356,7 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
     try:
         saved = render(
             prompt,
-            NODE_CLASS_MAPPINGS,
+            classes,
             output=arguments.output,
             stop=arguments.stop,
             device=arguments.device,
@@ -300,16 +365,24 @@ def _rendering(arguments: argparse.Namespace, prompt_of: Callable[..., dict[str,
             plan=plan,
             scratch=getattr(arguments, "scratch", None),
             member=arguments.member,
+            tell=tell,
         )
     except Stopped as stopped:
         advice = _going_on(stopped.kept) or "nothing was begun that could be kept"
         sys.stderr.write(f"vidgen: stopped; {advice}\n")
+        if tell is not None:
+            tell("stopped", {"kept": stopped.kept})
         return EXIT_STOPPED
     except NodeError as error:
         if not isinstance(error.__cause__, UserError):
             raise
         sys.stderr.write(f"vidgen: {error}\n" + (f"Then {_going_on(error.kept)}.\n" if error.kept else ""))
+        if tell is not None:
+            tell("failed", {"error": str(error), "node": error.node_id})
         return EXIT_ERROR
+    if tell is not None:
+        tell("finished", {"files": saved})
+        return 0
     for path in saved:
         sys.stdout.write(f"{path}\n")
     return 0
@@ -320,17 +393,15 @@ def _plan_within_budget(prompt: dict[str, Any], arguments: argparse.Namespace) -
     if arguments.budget is None:
         return None
     from ..vidgen_core.memory.place import parse_bytes
-    from .plan import plan_prompt
+    from .plan import plan_that_fits
     from .render import check_device
 
-    planned, planner, wish = plan_prompt(
+    planned = plan_that_fits(
         prompt,
         budget_bytes=parse_bytes(arguments.budget),
         device=check_device(arguments.device),
         folders=model_folders(arguments.models),
     )
-    if not planned.fits:
-        planner.check(wish, planned.budget_bytes)
     if not arguments.quiet:
         sys.stderr.write("".join(f"{line}\n" for line in planned.lines()))
     return planned
@@ -750,6 +821,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         token=arguments.token,
         device=check_device(arguments.device),
         models=model_folders(arguments.models),
+        custom_nodes=arguments.custom_nodes,
         has_page=not arguments.api_only,
     )
     serve(settings, say=lambda text: print(text, flush=True), is_opening=arguments.open)

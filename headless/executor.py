@@ -169,7 +169,15 @@ def input_specs(cls: type) -> Iterator[tuple[str, Any, Mapping[str, Any], bool]]
     declared = cls.INPUT_TYPES()
     for group in ("required", "optional"):
         for name, spec in declared.get(group, {}).items():
-            yield name, spec[0], spec[1] if len(spec) > 1 else {}, group == "required"
+            kind = spec[0] if isinstance(spec[0], str) else list(spec[0])  # a list of choices may come as a tuple
+            yield name, kind, spec[1] if len(spec) > 1 else {}, group == "required"
+
+
+def output_names(cls: Any) -> list[Any]:
+    """A name for each output: what the class calls it, else its type. Strangers give too few, or one as a text."""
+    given, types = getattr(cls, "RETURN_NAMES", ()), list(cls.RETURN_TYPES)
+    names = [given] if isinstance(given, str) else list(given)[: len(types)]
+    return names + types[len(names) :]
 
 
 # --- checking -------------------------------------------------------------------------------------------------------
@@ -307,7 +315,11 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
     if validate and all(
         name in plain or parameter.default is not parameter.empty for name, parameter in own_checks.items()
     ):
-        verdict = validate(**{name: value for name, value in plain.items() if name in own_checks})
+        try:
+            verdict = validate(**{name: value for name, value in plain.items() if name in own_checks})
+        except Exception as error:  # whatever a class raises is a finding about its node
+            yield Problem(kind="exception_during_validation", message=str(error), details=type(error).__name__)
+            return
         if verdict is not True:
             yield Problem(kind="custom_validation_failed", message=str(verdict))
 
@@ -388,6 +400,7 @@ def execute(
     *,
     outputs: list[str] | None = None,
     cache: Cache | None = None,
+    keep: Collection[str] | None = None,
     extra_pnginfo: Mapping[str, Any] | None = None,
     on_event: Callable[[Event], None] | None = None,
     up_to: Collection[str] = (),
@@ -398,6 +411,7 @@ def execute(
         outputs: that were checked already (see :func:`examine`); None checks the prompt and runs all of them.
         cache: of an earlier run; nodes whose inputs are the same do not run again. It then holds this run's results,
             also when the run fails. Without one, a result goes as soon as its last reader has run.
+        keep: the nodes whose results go into the cache; those of the others go as without one. None: all nodes.
         up_to: class names: run the nodes of these that the output nodes need, and nothing that comes after.
         extra_pnginfo: goes to nodes with a hidden EXTRA_PNGINFO, e.g. ``{"workflow": UI-format graph}``.
         on_event: told what runs; it may raise :class:`Cancelled` to stop between two nodes.
@@ -415,8 +429,8 @@ def execute(
         outputs = [node_id for node_id in order(prompt, outputs) if prompt[node_id]["class_type"] in up_to]
     run = _Run(prompt, classes, extra_pnginfo or {}, on_event or (lambda event: None))
     if cache is not None:
-        run.remember(cache, order(prompt, outputs))
-    else:
+        run.remember(cache, keep, order(prompt, outputs))
+    if cache is None or keep is not None:
         run.count_readers(order(prompt, outputs))
     for output in outputs:
         run.reach(output)
@@ -439,15 +453,16 @@ class _Run:
         self.hidden = {kind: classes[kind].INPUT_TYPES().get("hidden", {}) for kind in self.specs}
         self.readers: Counter[str] | None = None
         self.cache: Cache | None = None
+        self.keep: Collection[str] | None = None
         self.digests: dict[str, str] = {}
 
     def count_readers(self, needed: list[str]) -> None:
         # A result lives until its last reader has run: a text encoder must not fill memory during decoding.
         self.readers = Counter(source for node_id in needed for source in set(_sources(self.prompt, node_id)))
 
-    def remember(self, cache: Cache, needed: list[str]) -> None:
+    def remember(self, cache: Cache, keep: Collection[str] | None, needed: list[str]) -> None:
         """Take the cache's results for nodes whose inputs have not changed; forget the others."""
-        self.cache = cache
+        self.cache, self.keep = cache, keep
         for node_id in needed:
             self.digests[node_id] = self._digest(node_id)
         cache.keep(set(self.digests.values()))
@@ -566,7 +581,7 @@ class _Run:
             raise NodeError(self.prompt, node_id, error) from error
         finally:
             del arguments
-        if self.cache is not None:
+        if self.cache is not None and (self.keep is None or node_id in self.keep):
             self.cache.put(self.digests[node_id], returned)
         if self.readers is not None:
             for source in set(_sources(self.prompt, node_id)):

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from .executor import Classes, Prompt, as_link, input_specs, order
+from .executor import Classes, Prompt, as_link, input_specs, order, output_names
 
 CELL_PX = (360, 60)
 """gap-included column width, and the height of a node's title and margins"""
@@ -114,10 +114,9 @@ def _node(prompt: Prompt, classes: Classes, node_id: str, ids: Mapping[str, int]
                 values.append("fixed")
                 named["control_after_generate"] = "fixed"
                 height += _ROW_PX
-    names = getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES)
     outputs = [
         {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "links": [], "slot_index": slot}
-        for slot, (name, kind) in enumerate(zip(names, cls.RETURN_TYPES, strict=True))
+        for slot, (name, kind) in enumerate(zip(output_names(cls), cls.RETURN_TYPES, strict=True))
     ]
     drawn: dict[str, Any] = {
         "id": ids[node_id],

@@ -45,6 +45,16 @@ def plan_prompt(
     return planner.plan(asked, budget_bytes), planner, asked
 
 
+def plan_that_fits(prompt: Prompt, *, budget_bytes: int, device: str | None, folders: Sequence[Path]) -> Plan:
+    """The plan of a workflow that keeps to its budget.
+
+    Raises:
+        UserError: nothing fits, with what would; or as :func:`plan_prompt`.
+    """
+    planned, planner, asked = plan_prompt(prompt, budget_bytes=budget_bytes, device=device, folders=folders)
+    return planned if planned.fits else planner.check(asked, planned.budget_bytes)
+
+
 def plan_dict(
     prompt: Prompt, *, budget_bytes: int | None = None, device: str | None = None, folders: Sequence[Path] = ()
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ TITLES = {
     "sample": "sampling",
     "decode": "decoding",
     "save": "saving",
+    "prompts": "prompts",
 }
 _WIDTH = 24
 _EVERY_S = 0.1

@@ -8,12 +8,13 @@ import difflib
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import Cancelled, FileError, SettingsError
-from .executor import Event, NodeError, Prompt, as_link, check, check_shape, describe, execute, input_specs
+from .events import Tell
+from .executor import Cache, Event, NodeError, Prompt, as_link, check, check_shape, describe, execute, input_specs
 from .graph import to_ui
 from .progress import ProgressBar
 from .stop import Stop
@@ -229,6 +230,9 @@ def render(
     plan: Any = None,
     scratch: Path | None = None,
     member: Member | None = None,
+    tell: Tell | None = None,
+    cache: Cache | None = None,
+    keep: Collection[str] | None = None,
 ) -> list[Path]:
     """Run ``prompt``; the videos it saved.
 
@@ -240,6 +244,8 @@ def render(
         plan: a ``memory.plan.Plan`` to keep to; None decides as it goes.
         scratch: where large temporary files lie; None is beside the output.
         member: this process's place among those that render together. Only the first of them gets past the sampler.
+        tell: is told each ``node`` and its ``progress``, in the place of the bar.
+        cache, keep: what stays for the next render; see :func:`executor.execute`.
 
     Raises:
         UserError, Cancelled, executor.NodeError.
@@ -261,10 +267,14 @@ def render(
     host.run_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:8]
     bar = ProgressBar(sys.stderr)
     host.on_progress = bar if leads and not quiet else None
+    if tell is not None and leads:
+        host.on_progress = lambda what, done, total: tell("progress", {"what": what, "done": done, "total": total})
 
     def between_nodes(event: Event) -> None:
         if event.kind == "executing":
             stop.check()
+            if tell is not None and leads:
+                tell("node", {"node": event.node_id, "class_type": prompt[event.node_id]["class_type"]})
 
     joined = contextlib.nullcontext() if member is None else member.joined(str(run_on))
     try:
@@ -275,7 +285,15 @@ def render(
             workflow = {"workflow": to_ui(prompt, classes)}
             with joined as team, in_team(team):
                 up_to = () if leads else SAMPLERS
-                execute(prompt, classes, extra_pnginfo=workflow, on_event=between_nodes, up_to=up_to)
+                execute(
+                    prompt,
+                    classes,
+                    cache=cache,
+                    keep=keep,
+                    extra_pnginfo=workflow,
+                    on_event=between_nodes,
+                    up_to=up_to,
+                )
     except (Cancelled, KeyboardInterrupt) as stopped:
         raise Stopped(host.unfinished_runs()) from stopped
     except NodeError as error:

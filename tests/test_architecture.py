@@ -85,7 +85,7 @@ COMFYUI = frozenset(
 COMFYUI_DOOR = "nodes/host.py"
 OURS = frozenset((*PACKAGES, "vidgen", "tests"))
 HEAVY = frozenset(
-    {"accelerate", "aiohttp", "cv2", "imageio_ffmpeg", "matplotlib"}
+    {"accelerate", "aiohttp", "cv2", "imageio_ffmpeg", "matplotlib", "ray"}
     | {"sentencepiece", "tensorboard", "tokenizers", "transformers"}
 )
 """Libraries that are imported inside the function that needs them, so that importing the pack stays cheap."""

@@ -18,7 +18,17 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("accelerate", "aiohttp", "cv2", "diffusers", "imageio_ffmpeg", "matplotlib", "sentencepiece", "transformers")
+HEAVY = (
+    "accelerate",
+    "aiohttp",
+    "cv2",
+    "diffusers",
+    "imageio_ffmpeg",
+    "matplotlib",
+    "ray",
+    "sentencepiece",
+    "transformers",
+)
 PACKAGE_FOLDERS = ("benchmarks", "headless", "nodes", "training", "vidgen_core")
 IMPORT_NAMES = {"imageio-ffmpeg": "imageio_ffmpeg", "pillow": "PIL"}
 """Where a distribution's import name is not its own."""
@@ -88,7 +98,7 @@ def test_dependencies_are_what_the_code_imports(pyproject: dict[str, Any]) -> No
     project = pyproject["project"]
     core = dependency_names(project["dependencies"])
     optional = dependency_names(
-        [line for name in ("bench", "train", "serve") for line in project["optional-dependencies"][name]]
+        [line for name in ("bench", "ray", "serve", "train") for line in project["optional-dependencies"][name]]
     )
     declared = {IMPORT_NAMES.get(name, name) for name in core | optional}
     assert used - comfyui - declared == set()
@@ -116,7 +126,8 @@ def test_every_place_says_the_same_version(pyproject: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/FAMILIES.md", "docs/TRAINING.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/BATCH.md", "docs/FAMILIES.md", "docs/TRAINING.md"],
 )
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     file = ROOT / document

@@ -23,14 +23,16 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from aiohttp import BodyPartReader, WSMsgType, web
 
 from ...nodes import host as hosts
 from ...vidgen_core.errors import FileError, MissingLibraryError, UserError
+from ..custom_nodes import Packs
 from ..executor import Checked, Classes, PromptError, examine, failed, node_errors
 from . import messages
 from .catalog import object_info
@@ -76,6 +78,8 @@ class ServerSettings:
     """must come with every request; None on loopback only"""
     device: str | None = None
     models: Sequence[Path] = ()
+    custom_nodes: Sequence[Path] = ()
+    """packs of others, or folders with some"""
     has_page: bool = True
     """serve the frontend, and not only the API"""
 
@@ -116,23 +120,22 @@ class Server:
 
     Args:
         settings: see :class:`ServerSettings`.
-        classes: node id -> class.
-        titles: node id -> name for people.
-        modules: node id -> where it comes from.
+        packs: the nodes, and the pages of packs besides this one.
     """
 
-    def __init__(
-        self, settings: ServerSettings, classes: Classes, titles: Mapping[str, str], modules: Mapping[str, str]
-    ) -> None:
+    def __init__(self, settings: ServerSettings, packs: Packs) -> None:
         if not settings.is_private and not settings.token:
             raise _needs_token(settings.listen)
-        self.settings, self.classes, self.titles, self.modules = settings, classes, titles, modules
+        self.settings, self.packs = settings, packs
+        self.classes: Classes = packs.classes
+        self.titles: Mapping[str, str] = packs.titles
+        self.modules: Mapping[str, str] = packs.modules
         self.places = Places(settings.folder)
         self.page = frontend_folder() if settings.has_page else None
         self.clients: dict[str, _Client] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
         self.log_lines = _LogLines()
-        self.jobs = Jobs(classes, self.new_host, self.say)
+        self.jobs = Jobs(self.classes, self.new_host, self.say)
 
     def new_host(self) -> ServerHost:
         return ServerHost(
@@ -216,7 +219,8 @@ class Server:
         app.router.add_get("/templates/index.json", self.get_empty_list)
         app.router.add_get("/templates/index_logo.json", self.get_nothing)
         app.router.add_get("/templates/index.{language}.json", self.get_empty_list)
-        app.router.add_static(f"/extensions/{PACK}", ROOT / "web")
+        for pack, folder in self._pages().items():
+            app.router.add_static(f"/extensions/{pack}", folder)
         app.router.add_get("/", self.get_page)
         if self.page is not None:
             app.router.add_static("/", self.page)
@@ -224,6 +228,10 @@ class Server:
         app.on_shutdown.append(self._say_goodbye)
         app.on_cleanup.append(self._end)
         return app
+
+    def _pages(self) -> dict[str, Path]:
+        """Pack -> its files for the page."""
+        return {PACK: ROOT / "web"} | {pack: folder for pack, folder in self.packs.web.items() if pack != PACK}
 
     async def _begin(self, app: web.Application) -> None:
         self.loop = asyncio.get_running_loop()
@@ -312,7 +320,9 @@ class Server:
 
     async def get_extensions(self, request: web.Request) -> web.Response:
         found = [] if self.page is None else _scripts(self.page / "extensions", "/extensions")
-        return web.json_response(found + _scripts(ROOT / "web", f"/extensions/{PACK}"))
+        for pack, folder in self._pages().items():
+            found += _scripts(folder, f"/extensions/{quote(pack)}")
+        return web.json_response(found)
 
     async def get_object_info(self, request: web.Request) -> web.Response:
         name = request.match_info.get("name")
@@ -322,7 +332,10 @@ class Server:
             with hosts.using(self.new_host()):
                 return object_info(classes, self.titles, self.modules)
 
-        return web.json_response(messages.finite(await asyncio.to_thread(declare)))
+        # A stranger's declaration may hold what JSON has no word for.
+        return web.json_response(
+            messages.finite(await asyncio.to_thread(declare)), dumps=partial(json.dumps, default=str)
+        )
 
     async def get_logs(self, request: web.Request) -> web.Response:
         return web.json_response({"size": {"cols": 120, "rows": 40}, "entries": list(self.log_lines.entries)})

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ..executor import Classes
+from ..executor import Classes, output_names
 from ..graph import widget_names
+
+log = logging.getLogger("vidgen")
 
 _FLAGS = ("DEPRECATED", "EXPERIMENTAL", "DEV_ONLY")
 
 
 def object_info(classes: Classes, titles: Mapping[str, str], modules: Mapping[str, str]) -> dict[str, Any]:
     """Node id -> declaration. ``modules``: node id -> where it comes from, such as ``custom_nodes.vidgen``."""
-    return {name: _declaration(name, cls, titles.get(name, name), modules[name]) for name, cls in classes.items()}
+    declared = {}
+    for name, cls in classes.items():
+        try:
+            declared[name] = _declaration(name, cls, titles.get(name, name), modules[name])
+        except Exception as error:  # a class of strangers that fails now must not take the others off the page
+            log.warning("The node %s is left out: %s: %s", name, type(error).__name__, error)
+    return declared
 
 
 def _declaration(name: str, cls: Any, title: str, module: str) -> dict[str, Any]:
@@ -25,7 +34,7 @@ def _declaration(name: str, cls: Any, title: str, module: str) -> dict[str, Any]
         "is_input_list": bool(getattr(cls, "INPUT_IS_LIST", False)),
         "output": returns,
         "output_is_list": list(getattr(cls, "OUTPUT_IS_LIST", [False] * len(returns))),
-        "output_name": list(getattr(cls, "RETURN_NAMES", returns)),
+        "output_name": output_names(cls),
         "output_tooltips": list(getattr(cls, "OUTPUT_TOOLTIPS", ())),
         "name": name,
         "display_name": title,

@@ -12,17 +12,23 @@ from urllib.parse import urlencode
 
 from aiohttp import web
 
-from ... import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from ...vidgen_core.errors import SettingsError
+from ..custom_nodes import load_packs, own_packs
 from . import nodes
-from .app import PACK, Server, ServerSettings
+from .app import Server, ServerSettings
 
 
 def new_server(settings: ServerSettings) -> Server:
-    """A server with the pack's nodes and ComfyUI's own that files and ordinary graphs need."""
-    modules = dict.fromkeys(nodes.NODES, "nodes") | dict.fromkeys(NODE_CLASS_MAPPINGS, f"custom_nodes.{PACK}")
-    classes = nodes.NODES | NODE_CLASS_MAPPINGS
-    return Server(settings, classes, nodes.TITLES | NODE_DISPLAY_NAME_MAPPINGS, modules)
+    """A server with the pack's nodes, ComfyUI's own that files and ordinary graphs need, and the packs that were named.
+
+    Raises:
+        FileError: there is nothing at the place of a named pack.
+    """
+    packs = own_packs()
+    packs.classes |= nodes.NODES
+    packs.titles |= nodes.TITLES
+    packs.modules |= dict.fromkeys(nodes.NODES, "nodes")
+    return Server(settings, load_packs(settings.custom_nodes, packs))
 
 
 def serve(settings: ServerSettings, *, say: Callable[[str], None], is_opening: bool = False) -> None:
@@ -33,7 +39,9 @@ def serve(settings: ServerSettings, *, say: Callable[[str], None], is_opening: b
     """
     bound = _bind(settings)  # before anything slow
     with contextlib.closing(bound):
-        asyncio.run(_serve(new_server(settings), bound, say, is_opening))
+        server = new_server(settings)
+        server.packs.tell_problems()
+        asyncio.run(_serve(server, bound, say, is_opening))
 
 
 async def _serve(server: Server, bound: socket.socket, say: Callable[[str], None], is_opening: bool) -> None:
