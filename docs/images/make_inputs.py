@@ -1,6 +1,6 @@
 """Draw what the shipped workflows read, ``workflows/inputs``: ``python docs/images/make_inputs.py``.
 
-A first frame, a short video and a mask, all from the world of shapes that the bundled model knows.
+First and last frame of a scene, a short video and a mask, all from the world of shapes that the bundled model knows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def frames(seed: int, wanted: dict[str, str]) -> np.ndarray:
 
 def main() -> None:
     INPUTS.mkdir(exist_ok=True)
-    Image.fromarray(frames(1, STAR)[0]).save(INPUTS / "vidgen-first-frame.png", optimize=True)
+    first, *_, last = frames(1, STAR)
+    Image.fromarray(first).save(INPUTS / "vidgen-first-frame.png", optimize=True)
+    Image.fromarray(last).save(INPUTS / "vidgen-last-frame.png", optimize=True)
     write_video(INPUTS / "vidgen-circle.mp4", frames(2, CIRCLE), fps=shapes.FPS)
     alpha = np.full((shapes.SIZE_PX, shapes.SIZE_PX, 4), 128, dtype=np.uint8)
     alpha[..., 3] = 255
