@@ -32,10 +32,20 @@ class Timeline:
 
     def open(self, *, vue: bool, **settings: Any) -> None:
         self.visit.open_template("hunyuan_keyframes")
+        self.page.wait_for_function("app.graph._nodes.some((one) => one.type === 'VidGenKeyframe')")
         for name, value in {"Comfy.VueNodes.Enabled": vue, **settings}.items():
             self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
         self.centre()
         self.keys.nth(LAST).wait_for(timeout=START_S * 1000)
+
+    def open_dropped(self, workflow: Any) -> None:
+        """A workflow dropped onto a page with another one."""
+        has = "app.graph._nodes.some((one) => one.type === '{}')"
+        self.visit.open_template()
+        self.page.wait_for_function(has.format("VidGenEmptyLatent"))  # the page first shows what was there last
+        self.visit.drop("saved.json", json.dumps(workflow).encode(), "application/json")
+        self.page.wait_for_function(has.format("VidGenKeyframe"))
+        self.centre()
 
     def centre(self) -> None:
         """The node in the middle of the page, at its true size."""
@@ -94,7 +104,7 @@ class Timeline:
 
     def wait_for(self, number: int, frame: int) -> None:
         where = f"document.querySelectorAll('.vidgen-timeline .key')[{number}]"
-        self.page.wait_for_function(f"{where}.getAttribute('aria-valuenow') === '{frame}'")
+        self.page.wait_for_function(f"{where}?.getAttribute('aria-valuenow') === '{frame}'")
 
     def focused(self) -> str | None:
         return self.page.evaluate("document.activeElement.getAttribute('aria-label')")
@@ -137,6 +147,14 @@ def test_mouse_and_keyboard_change_the_queued_prompt(timeline: Timeline, request
     assert page.evaluate(positions) == stood  # neither a node nor the canvas moved
     assert timeline.x_of(8) == pytest.approx(timeline.centre_of(FIRST)[0], abs=1.5)
 
+    # each move is a step of undo, and the timeline follows
+    page.keyboard.press("Control+z")
+    timeline.wait_for(LAST, 12)
+    assert timeline.frames() == [8, 12]
+    page.keyboard.press("Control+y")
+    timeline.wait_for(LAST, 16)
+    assert timeline.frames() == [8, -1]
+
     # by keyboard: Tab goes from key to key, arrows move one step past what is there
     keys.nth(FIRST).focus()
     page.keyboard.press("Tab")
@@ -146,7 +164,9 @@ def test_mouse_and_keyboard_change_the_queued_prompt(timeline: Timeline, request
     page.keyboard.press("ArrowLeft")
     assert timeline.frames() == [8, 4]
     page.keyboard.press("Shift+ArrowRight")
-    assert timeline.frames() == [8, 4]  # there is no room so far to the right
+    assert timeline.frames() == [8, -1]  # as far as there is room
+    page.keyboard.press("Home")
+    assert timeline.frames() == [8, 0]
     page.keyboard.press("End")
     page.keyboard.press("Shift+Tab")
     assert timeline.focused() == "Keyframe 1: First Picture"
@@ -212,7 +232,7 @@ def test_it_shows_what_the_graph_says(timeline: Timeline) -> None:
 
 
 def test_a_saved_workflow_keeps_the_positions(timeline: Timeline) -> None:
-    page, visit = timeline.page, timeline.visit
+    page = timeline.page
     timeline.drag(FIRST, 4)
     timeline.keys.nth(LAST).focus()
     page.keyboard.press("ArrowLeft")
@@ -222,9 +242,7 @@ def test_a_saved_workflow_keeps_the_positions(timeline: Timeline) -> None:
     saved = page.evaluate("app.graph.serialize()")
     host = next(one for one in saved["nodes"] if one["type"] == "VidGenKeyframesToVideo")
     assert len(host["widgets_values"]) == 8  # the timeline has no value of its own
-    visit.open_template()
-    visit.drop("saved.json", json.dumps(saved).encode(), "application/json")
-    page.wait_for_function("app.graph._nodes.some((one) => one.type === 'VidGenKeyframe')")
+    timeline.open_dropped(saved)
     timeline.keys.nth(LAST).wait_for(timeout=WAIT_MS)
     assert timeline.queued() == wanted
     assert [timeline.says(number, "aria-valuenow") for number in (FIRST, LAST)] == ["4", "12"]
@@ -233,7 +251,5 @@ def test_a_saved_workflow_keeps_the_positions(timeline: Timeline) -> None:
         node.pop("widgets_values_named", None)
         if node["type"] == "VidGenKeyframe":
             node["widgets_values"] = node["widgets_values"][:1]
-    visit.open_template()
-    visit.drop("old.json", json.dumps(saved).encode(), "application/json")
-    page.wait_for_function("app.graph._nodes.some((one) => one.type === 'VidGenKeyframe')")
+    timeline.open_dropped(saved)
     assert timeline.queued() == [one | {"strength": 1} for one in wanted]

@@ -10,20 +10,18 @@ import { api } from "../../../scripts/api.js";
 const HOST = "VidGenKeyframesToVideo";
 const KEY = "VidGenKeyframe";
 const REROUTE = "Reroute";
+const VUE_NODE = ".lg-node"; // around a node that Vue draws
 const MUTED = 2;
 const BYPASSED = 4;
 
-const LAST = -1;
-/** A picture at -1 stays the last one when the video gets longer. */
-const BIG = 4;
-/** How many steps Shift takes at once. */
+const LAST = -1; // a picture there stays the last one when the video gets longer
+const BIG = 4; // how many steps Shift takes at once
 const STRENGTH_STEP = 0.05;
 const LOOK_MS = 200;
 const HEIGHT_PX = 196;
 const WIDTH_PX = 360;
 const MAX_CHAIN = 250;
-const MIN_LABEL_PX = 34;
-/** between numbers on the axis */
+const MIN_LABEL_PX = 34; // between numbers on the axis
 const MIN_TICK_PX = 4;
 
 const ENGLISH = {
@@ -77,6 +75,7 @@ const STYLE = `
   border-radius: 8px; background: var(--vg-surface); color: var(--vg-text);
   font: 12px/1.3 Inter, system-ui, sans-serif; text-align: left;
 }
+${VUE_NODE} .vidgen-timeline { --vg-surface: var(--component-node-widget-background, var(--comfy-input-bg, #222)); }
 .vidgen-timeline * { box-sizing: border-box; }
 .vidgen-timeline .track { position: relative; height: 92px; flex: none; margin: 0 24px; }
 .vidgen-timeline .axis { position: absolute; left: 0; right: 0; top: 68px; height: 24px; }
@@ -363,6 +362,10 @@ class Timeline {
     this.detail.addEventListener("change", remember);
     // A node is moved by what happens on it, and the canvas has keys of its own.
     this.root.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
+    // On the canvas this lies beside the graph and not in it.
+    this.root.addEventListener("wheel", (event) => {
+      if (!this.root.closest(VUE_NODE)) app.canvas.processMouseWheel(event);
+    });
     this.detail.addEventListener("keydown", (event) => {
       if (!event.ctrlKey && !event.metaKey && event.key !== "Tab" && event.key !== "Escape") event.stopPropagation();
     });
@@ -615,13 +618,22 @@ function addTimeline(node) {
   const widget = node.addDOMWidget("timeline", "vidgen_timeline", timeline.root, options);
   widget.serialize = false;
   node.setSize([Math.max(node.size[0], WIDTH_PX), node.size[1]]);
-  // What it shows belongs to other nodes, which tell nobody when they change; looking is cheap, drawing is not.
-  const looking = setInterval(() => timeline.root.isConnected && timeline.look(), LOOK_MS);
-  const removed = node.onRemoved;
+  let removed = false;
+  const onRemoved = node.onRemoved;
   node.onRemoved = function () {
-    clearInterval(looking);
-    removed?.call(this);
+    removed = true;
+    onRemoved?.call(this);
   };
+  // What it shows belongs to other nodes, which tell nobody when they change; looking is cheap, drawing is not.
+  const looking = setInterval(() => {
+    if (!timeline.root.isConnected) {
+      if (removed) clearInterval(looking);
+      return;
+    }
+    // Undo makes all nodes anew, but Vue leaves the old one's element on the page.
+    if (removed) timeline.node = app.canvas.graph?.getNodeById(node.id) ?? node;
+    timeline.look();
+  }, LOOK_MS);
 }
 
 app.registerExtension({
