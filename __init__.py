@@ -12,7 +12,7 @@ if __package__:
     from .nodes.bridges import FromConditioning
     from .nodes.compile import Compile
     from .nodes.embeddings import LoadEmbeddings, SaveEmbeddings
-    from .nodes.image import FitImages, ImageToVideo, LoadImage, PadVideo
+    from .nodes.image import FitImages, ImageToVideo, KeyframesToVideo, LoadImage, PadVideo, PlaceKeyframe
     from .nodes.loaders import LoadAll, LoadModel, LoadTextEncoders, LoadVAE
     from .nodes.lora import ApplyLora
     from .nodes.sampling import EmptyLatent, Sampler, Sigmas
@@ -61,6 +61,8 @@ if __package__:
         "VidGenEnhanceAVideo": EnhanceAVideo,
         "VidGenRIFLEx": Riflex,
         "VidGenContextWindows": ContextWindows,
+        "VidGenKeyframe": PlaceKeyframe,
+        "VidGenKeyframesToVideo": KeyframesToVideo,
     }
 
     NODE_DISPLAY_NAME_MAPPINGS = {
@@ -95,6 +97,8 @@ if __package__:
         "VidGenEnhanceAVideo": "Enhance-A-Video (VidGen)",
         "VidGenRIFLEx": "RIFLEx (VidGen)",
         "VidGenContextWindows": "Context Windows (VidGen)",
+        "VidGenKeyframe": "Keyframe (VidGen)",
+        "VidGenKeyframesToVideo": "Keyframes to Video (VidGen)",
     }
 
     WEB_DIRECTORY = "./web"

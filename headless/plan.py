@@ -98,6 +98,9 @@ def model_files(prompt: Prompt, folders: Sequence[Path]) -> tuple[dict[str, Head
 
 # --- what is wanted ---------------------------------------------------------------------------------------------------
 
+OF_PICTURES = {"VidGenImageToVideo", "VidGenKeyframesToVideo"}
+"""nodes that encode single pictures"""
+
 
 def wish(prompt: Prompt, headers: Mapping[str, Header], found: Mapping[str, Found]) -> Wish:
     """What a workflow makes, as far as its widgets say it; the checkpoint's defaults stand for the rest."""
@@ -133,7 +136,7 @@ def wish(prompt: Prompt, headers: Mapping[str, Header], found: Mapping[str, Foun
         num_text_tokens=_text_tokens(prompt),
         dtype=_dtype(prompt),
         storage=_widget(prompt, "storage", "auto"),
-        encodes_frames=shape.num_frames if "VidGenEncodeVideo" in classes else int("VidGenImageToVideo" in classes),
+        encodes_frames=shape.num_frames if "VidGenEncodeVideo" in classes else int(not OF_PICTURES.isdisjoint(classes)),
     )
 
 

@@ -6,7 +6,18 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from .video import changed_at, found_input
-from .wires import CATEGORY, COND, MODEL, VAE, EncodedPrompt, GivenImages, codec_latent
+from .wires import (
+    CATEGORY,
+    COND,
+    KEYFRAMES,
+    MODEL,
+    VAE,
+    EncodedPrompt,
+    GivenImages,
+    PlacedImage,
+    codec_latent,
+    kept_latent,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,6 +183,113 @@ class ImageToVideo:
         given = GivenImages(keyframes=tuple(keyframes), method=method, mode=mode)
         latent = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))
         return noted((replace(positive, images=given), latent), note)
+
+
+class PlaceKeyframe:
+    CATEGORY = f"{CATEGORY}/conditioning"
+    DESCRIPTION = "A picture at a frame of the video. Several in a row are the keyframes of one video."
+    SEARCH_ALIASES = ["keyframe", "last frame", "end frame", "start end image", "flf2v", "frame position"]
+    RETURN_TYPES = (KEYFRAMES,)
+    RETURN_NAMES = ("keyframes",)
+    OUTPUT_TOOLTIPS = ("This picture and those before it, for Keyframes to Video or the next Keyframe.",)
+    FUNCTION = "place"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        frame = "Frame of the video, counted from 0; -1 is the last one, -5 four frames before it."
+        strength = "1: the video shows this picture; below, it is only drawn towards it."
+        until = "The time at which the picture lets go: 0 never, 0.3 for the last part of the run, 1 is noise."
+        share = {"min": 0.0, "max": 1.0, "step": 0.05, "round": 0.001}
+        return {
+            "required": {
+                "image": ("IMAGE", {"tooltip": "The picture. Of several images the first is taken."}),
+                "frame": ("INT", {"default": 0, "min": -1025, "max": 1024, "tooltip": frame}),
+                "strength": ("FLOAT", share | {"default": 1.0, "tooltip": strength}),
+                "until": ("FLOAT", share | {"default": 0.0, "tooltip": until}),
+            },
+            "optional": {"keyframes": (KEYFRAMES, {"tooltip": "The keyframes that this one joins."})},
+        }
+
+    def place(
+        self,
+        image: Tensor,
+        frame: int,
+        strength: float,
+        until: float,
+        keyframes: tuple[PlacedImage, ...] = (),
+    ) -> tuple[tuple[PlacedImage, ...]]:
+        from ..vidgen_core.keyframes import picture
+
+        picture(image)  # refused here, where the wire is seen
+        return ((*keyframes, PlacedImage(image=image[:1], frame=frame, strength=strength, until=until)),)
+
+
+class KeyframesToVideo:
+    CATEGORY = f"{CATEGORY}/conditioning"
+    DESCRIPTION = "Makes a video that shows pictures at the frames of your choice. Works with every model."
+    SEARCH_ALIASES = ["keyframes", "timeline", "first last frame", "start end frame", "interpolate images"]
+    RETURN_TYPES = (COND, "LATENT")
+    RETURN_NAMES = ("positive", "latent")
+    OUTPUT_TOOLTIPS = ("The prompt, with a first frame if the network takes one.", "Latents with the other pictures.")
+    FUNCTION = "prepare"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        inputs = ImageToVideo.INPUT_TYPES()["required"]
+        del inputs["image"]
+        keyframes = KEYFRAMES, {"tooltip": "Pictures and their frames, from Keyframe."}
+        return {"required": inputs | {"keyframes": keyframes}}
+
+    def prepare(
+        self,
+        model: Any,
+        vae: Any,
+        positive: EncodedPrompt,
+        keyframes: tuple[PlacedImage, ...],
+        width: int,
+        height: int,
+        num_frames: int,
+        size: str,
+        fit: Any,
+        mode: str,
+        method: str,
+        batch_size: int,
+    ) -> dict[str, Any]:
+        from dataclasses import replace
+
+        import torch
+
+        from ..vidgen_core.generate import image_method, image_mode
+        from ..vidgen_core.keyframes import encode_keyframes, kept_frames, latent_places, taken_by_network
+        from ..vidgen_core.memory.cancel import watched
+        from ..vidgen_core.types import VideoShape
+        from .host import current
+
+        patch = model.family.patch(model.config)
+        wanted = VideoShape(num_frames=num_frames, height_px=height, width_px=width)
+        shape, note = chosen_size(wanted, keyframes[0].image, size, vae.grid, patch)
+        shape.check(vae.grid, patch=patch)
+        image_mode(model, mode)
+        given = [at_size(placed, shape, fit) for placed in keyframes]
+        latent_places(given, shape, vae.grid)
+        rules, config = model.family.keyframes, image_method(model, method)(model.config)
+        taken, others = taken_by_network(lambda some: rules.check(config, some, shape.num_frames), given)
+        rules.check(config, taken, shape.num_frames)  # a network may not do without
+        current().need(vae)
+        with watched(current(), vae):
+            first, kept = encode_keyframes(vae, taken, shape), kept_frames(vae, others, shape)
+        images = GivenImages(keyframes=tuple(first), method=method, mode=mode) if first else None
+        empty = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))
+        latent = kept_latent(vae, kept, batch_size) if others else empty
+        return noted((replace(positive, images=images), latent), note)
+
+
+def at_size(placed: PlacedImage, shape: Any, fit: Any) -> Any:
+    """A picture as a Keyframe of a video of ``shape``."""
+    from ..vidgen_core.keyframes import Keyframe, picture
+
+    image = picture(fitted(placed.image, shape.width_px, shape.height_px, fit))
+    return Keyframe(image=image, frame=placed.frame, strength=placed.strength, until=placed.until)
 
 
 def chosen_size(wanted: Any, image: Tensor, size: str, grid: Any, patch: Any) -> tuple[Any, str]:

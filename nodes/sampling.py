@@ -17,6 +17,7 @@ from .wires import (
     codec_latent,
     latent_mask,
     latent_scale,
+    latent_until,
     raw_latent,
     video_samples,
 )
@@ -226,6 +227,7 @@ class Sampler:
             host=host,
             start=samples * scale if from_video else still,
             mask=mask,
+            until=None if mask is None else latent_until(latent),
         )
         return (raw_latent(result, scale, hidden_frames=model.family.keyframes.hidden_frames(model.config)),)
 

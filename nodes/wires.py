@@ -4,7 +4,7 @@ A LATENT is ComfyUI's dict with ``samples`` (B, C, T, H, W): raw latents as the 
 the unit scale that the network sees. So native nodes and ours take each other's. Our own also carry
 ``vidgen_scale``, because a checkpoint may have another scale than its family's published one, and, of a model whose
 videos begin with frames that are not to be seen, ``vidgen_hidden_frames``. ``noise_mask`` is ComfyUI's: 1 where the
-sampler makes the video new, in pixels.
+sampler makes the video new, in pixels; ``vidgen_until`` says at which time what it keeps is let go.
 """
 
 from __future__ import annotations
@@ -18,16 +18,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..vidgen_core.codec import Codec
-    from ..vidgen_core.keyframes import LatentKeyframe
+    from ..vidgen_core.keyframes import KeptFrames, LatentKeyframe
     from ..vidgen_core.model import VideoModel
 
 CATEGORY = "VidGen"
 MODEL, VAE, TEXT, COND = "VIDGEN_MODEL", "VIDGEN_VAE", "VIDGEN_TEXT", "VIDGEN_COND"
+KEYFRAMES = "VIDGEN_KEYFRAMES"
 
 _SCALE = "vidgen_scale"
 _HIDDEN = "vidgen_hidden_frames"
+_UNTIL = "vidgen_until"
 
 Latent = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedImage:
+    """A picture of a VIDGEN_KEYFRAMES, which is a tuple of them; the rest is as in ``keyframes.Keyframe``."""
+
+    image: Tensor
+    """IMAGE (1, H, W, 3) of any size"""
+    frame: int
+    strength: float
+    until: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +102,19 @@ def latent_mask(latent: Latent, model: VideoModel) -> Tensor | None:
 
     mask = latent.get("noise_mask")
     return None if mask is None else mask_to_latents(mask, model.grid, latent["samples"].shape)
+
+
+def kept_latent(codec: Codec, kept: KeptFrames, batch_size: int) -> Latent:
+    """A LATENT whose sampler keeps these frames."""
+    latents = kept.latents.expand(batch_size, -1, -1, -1, -1)
+    # ComfyUI's masks are as wide and high as something; the latents' own size needs no stretching.
+    mask = kept.mask.expand(-1, -1, -1, *latents.shape[3:]).contiguous()
+    return codec_latent(codec, latents) | {"noise_mask": mask, _UNTIL: kept.until}
+
+
+def latent_until(latent: Latent) -> Tensor | None:
+    """The times at which what ``noise_mask`` keeps is let go, if the LATENT says so."""
+    return latent.get(_UNTIL)
 
 
 def codec_scale(codec: Codec) -> float:

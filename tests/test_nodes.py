@@ -83,6 +83,10 @@ WIDGETS_FOREVER = {
     "VidGenContextWindows": [
         *("window_frames", "overlap_frames", "schedule", "blend", "free_noise", "first_frame"),
     ],
+    "VidGenKeyframe": ["frame", "strength", "until"],
+    "VidGenKeyframesToVideo": [
+        *("width", "height", "num_frames", "size", "fit", "mode", "method", "batch_size"),
+    ],
 }
 """What saved workflows rely on: names are never changed, and new ones are only put at the end."""
 
@@ -665,6 +669,7 @@ def test_comfyui_lists_its_own_inputs_and_finds_the_examples(comfy: SimpleNamesp
         "mine.PNG",
         "vidgen-black.png",
         "vidgen-first-frame.png",
+        "vidgen-last-frame.png",
         "vidgen-mask.png",
     ]
     assert host.find_input("vidgen-mask.png") == hosts.EXAMPLES / "vidgen-mask.png"

@@ -23,6 +23,7 @@ from vidgen.headless.render import shipped
 from vidgen.headless.server.app import MAX_NODES, PACK, Server, ServerSettings
 from vidgen.headless.server.places import Places
 from vidgen.headless.server.start import new_server
+from vidgen.nodes import host as hosts
 from vidgen.nodes.host import EXAMPLES
 from vidgen.vidgen_core.errors import FileError, UserError
 from vidgen.vidgen_core.media import read_metadata, read_sound
@@ -428,6 +429,22 @@ def test_no_link_leads_out_of_the_folders(tmp_path: Path) -> None:
     for name in ("link.png", "folder/secret.png"):
         with pytest.raises(FileError):
             places.find("output", "", name)
+
+
+def test_the_examples_are_seen_where_the_loaders_find_them(talk: Talk) -> None:
+    """The shipped workflows show their pictures before anything is uploaded; an own file of the name goes first."""
+
+    async def conversation(client: Any, server: Server) -> None:
+        where = "/view?filename=vidgen-last-frame.png"
+        example = await client.get(f"{where}&type=input&subfolder=")
+        assert await example.read() == (hosts.EXAMPLES / "vidgen-last-frame.png").read_bytes()
+        for elsewhere in ("&type=output", "&type=input&subfolder=deep"):
+            assert (await client.get(where + elsewhere)).status == 404
+        assert (await client.get("/view?filename=../inputs/vidgen-last-frame.png&type=input")).status == 404
+        await upload(client, png(), "vidgen-last-frame.png")
+        assert await (await client.get(f"{where}&type=input")).read() == png()
+
+    talk(conversation)
 
 
 def test_names_over_http_stay_inside(talk: Talk, tmp_path: Path) -> None:

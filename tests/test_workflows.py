@@ -63,6 +63,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "VidGenSampler": {"steps": 2},
     "VidGenEmptyLatent": {"width": 32, "height": 32, "num_frames": 5},
     "VidGenImageToVideo": {"width": 32, "height": 32, "num_frames": 5, "size": "exact"},
+    "VidGenKeyframesToVideo": {"width": 32, "height": 32, "num_frames": 5, "size": "exact"},
     "VidGenLoadVideo": {"max_frames": 5},
     "VidGenFitImages": {"width": 32, "height": 32},
     "VidGenPadVideo": {"overlap": 0},
@@ -137,7 +138,7 @@ def test_there_are_workflows() -> None:
         "compile",
         "exact_decode",
     ]
-    tasks += ["save_embeddings", "load_embeddings"]
+    tasks += ["save_embeddings", "load_embeddings", "keyframes"]
     tasks += ["step_cache", "magcache", "skip_layers", "stg", "cfg_zero_star", "enhance_a_video", "riflex", "windows"]
     assert {f"hunyuan_{task}" for task in tasks} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES

@@ -280,6 +280,7 @@ def sample_latents(
     host: Host | None = None,
     start: Tensor | None = None,
     mask: Tensor | None = None,
+    until: Tensor | None = None,
     preview: LatentRGB | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -293,6 +294,7 @@ def sample_latents(
         start: clean latents of this shape, read where the run starts within the noise (``denoise`` below 1), where
             there is a mask, and where ``settings.start_share`` is above 0.
         mask: (1 or B, 1, T, H, W) in [0, 1]: where it is 0 the result is ``start`` to the bit, where it is 1 new.
+        until: broadcastable against them: the time at which what the mask keeps is let go; None: never.
         preview: how to show unfinished latents; None shows none unless the checkpoint brings it.
         identity: what the conditioning was made from (prompt, text encoders), to tell saved runs apart in the user's
             words; None tells them apart by the conditioning's numbers.
@@ -310,10 +312,10 @@ def sample_latents(
     host = host or LocalHost()
     settings = settings.resolved(model.defaults)
     known = {"conditioning": fingerprint(positive, negative)} if identity is None else identity
-    for name, given in (("start", start), ("mask", mask)):
+    for name, given in (("start", start), ("mask", mask), ("until", until)):
         if given is not None:
             known = {**known, name: fingerprint(Conditioning(concat=given))}
-    given_latents = _Given(start, mask)
+    given_latents = _Given(start, mask, until)
     run = _run_file(model, shape, settings, known)
     latents = _sample(
         model, positive, negative, shape, settings, host=host, given=given_latents, preview=preview, run=run
@@ -329,6 +331,7 @@ class _Given:
 
     start: Tensor | None = None
     mask: Tensor | None = None
+    until: Tensor | None = None
 
     def check(self, shape: Sequence[int], ts: Tensor, settings: Sampling) -> None:
         """Raise SettingsError unless everything that the run needs is there, and of its shape."""
@@ -614,7 +617,7 @@ def _denoise(
     whole = parts[0] if len(parts) == 1 else denoise
     if given.mask is not None:
         assert given.start is not None, "checked before"
-        whole = keep(whole, given.start.to(model.device), given.mask.to(model.device))
+        whole = keep(whole, given.start.to(model.device), given.mask.to(model.device), given.until)
     return whole if held is None else hold(whole, held)
 
 

@@ -195,7 +195,7 @@ def hold(denoise: Denoise, held: Held) -> Denoise:
     return held_denoise
 
 
-def keep(denoise: Denoise, source: Tensor, mask: Tensor) -> Denoise:
+def keep(denoise: Denoise, source: Tensor, mask: Tensor, until: Tensor | None = None) -> Denoise:
     """Inpainting: where ``mask`` is 0 the clean latents are known to be ``source``, where it is 1 the network is asked,
     between the two are mixed.
 
@@ -205,11 +205,16 @@ def keep(denoise: Denoise, source: Tensor, mask: Tensor) -> Denoise:
     Args:
         source: (B, C, T, H, W) clean latents.
         mask: broadcastable against them, in [0, 1].
+        until: broadcastable against them: the time at which the source lets go and the network goes on alone; None
+            and 0: never.
     """
 
     def kept(x: Tensor, t: Tensor) -> Tensor:
         x0 = denoise(x, t)
-        return torch.lerp(source.to(x0), x0, mask.to(x0))
+        now = mask.to(x0)
+        if until is not None:
+            now = torch.where(_over_latents(t, x) > until.to(x.device), now, 1.0)
+        return torch.lerp(source.to(x0), x0, now)
 
     return kept
 

@@ -5,7 +5,7 @@ How a network is told of them is its family's matter (``families.KeyframeRules``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,6 +179,87 @@ def encode_keyframes(codec: Codec, keyframes: Sequence[Keyframe], shape: VideoSh
             )
         )
     return encoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptFrames:
+    """Pictures at frames of a video as a sampler keeps them, whatever the network (:func:`guidance.keep`)."""
+
+    latents: Tensor
+    """(1, C, T, h, w) at unit scale; 0 where nothing is given"""
+    mask: Tensor
+    """(1, 1, T, 1, 1) in [0, 1]: how far a latent frame is made new, 1 where nothing is given"""
+    until: Tensor
+    """(1, 1, T, 1, 1): the time at which the picture lets go; 0 never"""
+
+
+def kept_frames(codec: Codec, keyframes: Sequence[Keyframe], shape: VideoShape) -> KeptFrames:
+    """``keyframes`` in the latents of a video of ``shape``.
+
+    A latent stands for several frames; a picture is given to all of them. Its own latent is that of a still video at
+    any moment, because causal codecs begin as if the first frame had always been there.
+
+    Raises:
+        SettingsError: two pictures in one latent, a strength or a time that cannot be used, and what
+            :func:`encode_keyframes` refuses.
+    """
+    places = latent_places(keyframes, shape, codec.grid)
+    channels, num_latents, rows, columns = shape.latent_shape(codec.grid)
+    latents = torch.zeros(1, channels, num_latents, rows, columns)
+    mask, until = torch.ones(1, 1, num_latents, 1, 1), torch.zeros(1, 1, num_latents, 1, 1)
+    for place, given in zip(places, encode_keyframes(codec, keyframes, shape), strict=True):
+        latents[:, :, place] = given.latents[:1, :, 0].cpu()
+        mask[:, :, place], until[:, :, place] = 1 - given.strength, given.until
+    return KeptFrames(latents=latents, mask=mask, until=until)
+
+
+def latent_places(keyframes: Sequence[Keyframe], shape: VideoShape, grid: Grid) -> list[int]:
+    """Which latent frame each picture is given to; SettingsError where two would share one, and for a strength or a
+    time of release that is not in [0, 1]."""
+    shared: dict[int, Keyframe] = {}
+    for keyframe in keyframes:
+        place = _latent_place(keyframe, shape, grid)
+        if place in shared:
+            frames = f"{shared[place].index(shape.num_frames)} and {keyframe.index(shape.num_frames)}"
+            raise SettingsError(
+                "Two pictures are given for the same moment of the video",
+                given=f"frames {frames}",
+                expected=f"frames that are {grid.temporal} or more apart: that many are one latent",
+                do=f"move one of them by {grid.temporal} frames",
+            )
+        shared[place] = keyframe
+        for name, value in (("strength", keyframe.strength), ("until", keyframe.until)):
+            if not 0 <= value <= 1:
+                raise SettingsError(
+                    f"The {name} of a keyframe cannot be used", given=value, expected="a number from 0 to 1"
+                )
+    return list(shared)
+
+
+def _latent_place(keyframe: Keyframe, shape: VideoShape, grid: Grid) -> int:
+    index = keyframe.index(shape.num_frames)
+    # The first frame of a causal codec has a latent of its own; those after it come in groups.
+    return -(-index // grid.temporal) if grid.causal else index // grid.temporal
+
+
+def taken_by_network(
+    check: Callable[[Sequence[Keyframe]], None], keyframes: Sequence[Keyframe]
+) -> tuple[list[Keyframe], list[Keyframe]]:
+    """(the pictures that the network itself can be given, as it was trained; the others, which can only be kept).
+
+    Args:
+        check: raises SettingsError for pictures that the network does not take together.
+    """
+    taken: list[Keyframe] = []
+    others: list[Keyframe] = []
+    for keyframe in keyframes:
+        try:
+            check([*taken, keyframe])
+        except SettingsError:
+            others.append(keyframe)
+        else:
+            taken.append(keyframe)
+    return taken, others
 
 
 def mask_to_latents(mask: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Draw what the shipped workflows read, ``workflows/inputs``: ``python docs/images/make_inputs.py``.
 
-A first frame, a short video, the same with sound, and a mask, from the world of shapes that the bundled model knows.
+First and last frame of a scene, a short video, the same with sound, and a mask, from the world of shapes that the
+bundled model knows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def tone(length_s: float, rate_hz: int = 22050) -> Sound:
 
 def main() -> None:
     INPUTS.mkdir(exist_ok=True)
-    Image.fromarray(frames(1, STAR)[0]).save(INPUTS / "vidgen-first-frame.png", optimize=True)
+    first, *_, last = frames(1, STAR)
+    Image.fromarray(first).save(INPUTS / "vidgen-first-frame.png", optimize=True)
+    Image.fromarray(last).save(INPUTS / "vidgen-last-frame.png", optimize=True)
     write_video(INPUTS / "vidgen-circle.mp4", frames(2, CIRCLE), fps=shapes.FPS)
     sounding = tone(shapes.NUM_FRAMES / shapes.FPS)
     write_video(INPUTS / "vidgen-sound.mp4", frames(2, CIRCLE), fps=shapes.FPS, sound=sounding)

@@ -494,7 +494,7 @@ class Server:
     async def get_view(self, request: web.Request) -> web.StreamResponse:
         query = request.query
         name, kind = without_mark(query.get("filename", ""), query.get("type", "output"))
-        path = self.places.find(kind, query.get("subfolder", ""), name)
+        path = self._shown(kind, query.get("subfolder", ""), name)
         content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
         is_harmless = content_type.partition("/")[0] in _HARMLESS and content_type not in _ACTIVE
@@ -507,6 +507,16 @@ class Server:
         headers["Content-Disposition"] = f'{way}; filename="{plain_name}"'
         headers["Content-Type"] = content_type if is_harmless else "application/octet-stream"
         return web.FileResponse(path, headers=headers)
+
+    def _shown(self, kind: str, subfolder: str, name: str) -> Path:
+        """A file of a folder of this server, or, as the loaders find it, an example that the shipped workflows read."""
+        try:
+            return self.places.find(kind, subfolder, name)
+        except FileError:
+            example = hosts.find_example(name) if kind == "input" and not subfolder else None
+            if example is None:
+                raise
+            return example
 
     async def post_upload(self, request: web.Request) -> web.Response:
         if not request.content_type.startswith("multipart/"):
