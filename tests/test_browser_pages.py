@@ -60,20 +60,24 @@ def test_plan_preview_and_player(visit: Visit, renderer: str) -> None:
     visit.set("VidGenEmptyLatent", num_frames=9, width=64, height=64)
     badge(visit, "9 frames")
 
-    # the preview moves: more pictures come to the page than the server sends
+    # the preview moves: the page is shown single frames, one after the other, not the sheet that the server sends
     page.evaluate(
         """() => {
-            window.seen = [];
-            window.app.api.addEventListener("b_preview_with_metadata", (one) => window.seen.push(one.detail.blob.size));
+            window.sizes = [];
+            window.widths = [];
+            window.app.api.addEventListener("b_preview_with_metadata", async ({detail}) => {
+                window.sizes.push(detail.blob.size);
+                window.widths.push((await createImageBitmap(detail.blob)).width);
+            });
         }"""
     )
-    visit.set("VidGenSampler", steps=40)
+    visit.set("VidGenSampler", steps=12)
     visit.run()
     visit.wait_for("binary")
-    page.wait_for_function("new Set(window.seen).size > 2", timeout=1000 * RUN_S)
+    page.wait_for_function("new Set(window.sizes).size > 2", timeout=1000 * RUN_S)
     visit.picture(f"preview_{renderer}")
     visit.wait_for("execution_success")
-    assert page.evaluate("window.seen.length") > 3
+    assert set(page.evaluate("window.widths")) == {256}
 
     # the player, by keyboard
     page.wait_for_function("document.querySelector('video')?.readyState >= 2", timeout=WAIT_MS)

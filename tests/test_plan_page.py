@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +24,7 @@ from vidgen.headless.server.start import new_server
 from vidgen.nodes import host as hosts
 from vidgen.vidgen_core import planning
 from vidgen.vidgen_core.errors import SettingsError
+from vidgen.vidgen_core.memory.cancel import check_cancelled
 
 
 @pytest.fixture
@@ -94,20 +97,46 @@ def test_it_follows_the_widgets(ask: Callable[[Any], Any], flow: dict[str, Any])
 def test_what_does_not_fit_is_told_with_what_does(
     ask: Callable[[Any], Any], flow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ask({"prompt": flow})["plans"][0]
-    budget = small["peak_bytes"] + 60_000_000
     monkeypatch.setattr(planning, "room_on", lambda device: 0)
-    monkeypatch.setattr(planning, "memory_in_use", lambda device: budget)
-    flow["4"]["inputs"] |= {"width": 1024, "height": 1024, "num_frames": 33}
+    monkeypatch.setattr(planning, "memory_in_use", lambda device: 300_000_000)
+    sizes = [{"frames": 5, "width": 2048, "height": 2048}]
+    monkeypatch.setattr(plans, "nearest_sizes", lambda plan, planner, asked: sizes)
+    flow["4"]["inputs"] |= {"width": 2048, "height": 2048, "num_frames": 33}
     (plan,) = ask({"prompt": flow})["plans"]
     assert not plan["fits"]
-    assert plan["peak_bytes"] > plan["budget_bytes"] == budget
+    assert plan["peak_bytes"] > 12 * 33 * 2048**2 > plan["budget_bytes"] == 300_000_000
     assert plan["nearest"] == []  # it takes long, and was not asked for
-    monkeypatch.setattr(plans, "SEARCH_S", 600)  # on a busy machine
-    nearest = ask({"prompt": flow, "nearest": True})["plans"][0]["nearest"]
-    assert nearest
-    for size in nearest:
-        assert size["frames"] * size["width"] * size["height"] < 33 * 1024 * 1024
+    assert ask({"prompt": flow, "nearest": True})["plans"][0]["nearest"] == sizes
+
+
+def test_the_next_question_ends_the_search_for_sizes(
+    host: hosts.LocalNodeHost, flow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, searching = Plans(), threading.Event()
+
+    def search(plan: Any, planner: Any, asked: Any) -> list[Any]:
+        searching.set()
+        while True:
+            check_cancelled()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(plans, "nearest_sizes", search)
+    told: list[Any] = []
+
+    def ask_thoroughly() -> None:
+        with hosts.using(host):
+            told.append(desk.answer({"prompt": flow, "nearest": True}))
+
+    thread = threading.Thread(target=ask_thoroughly)
+    thread.start()
+    assert searching.wait(120)
+    with hosts.using(host):
+        assert desk.answer({"prompt": flow})["plans"][0]["fits"]
+    thread.join(120)
+    assert told[0]["plans"][0]["nearest"] == []
+    monkeypatch.setattr(plans, "SEARCH_S", 0.1)
+    with hosts.using(host):
+        assert desk.answer({"prompt": flow, "nearest": True})["plans"][0]["nearest"] == []
 
 
 def test_a_value_that_a_widget_would_not_take_is_told_instead(ask: Callable[[Any], Any], flow: dict[str, Any]) -> None:

@@ -88,6 +88,7 @@ const STYLE = `
 .vidgen-player button:hover, .vidgen-player select:hover { border-color: var(--descrip-text, #999); }
 .vidgen-player button[aria-pressed="true"] { color: #fff; background: #2b6cb0; border-color: #2b6cb0; }
 .vidgen-player :focus-visible { outline: 2px solid #4a9eff; outline-offset: 1px; }
+.vidgen-player input:focus-visible { outline-offset: 2px; border-radius: 8px; }
 .vidgen-player select { max-width: 240px; }
 .vidgen-player option { color: var(--input-text, #ddd); background: var(--comfy-input-bg, #333); }
 .vidgen-player input[type="range"] { flex: 1; min-width: 60px; margin: 0; height: 20px; accent-color: #4a9eff;

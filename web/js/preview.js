@@ -63,15 +63,8 @@ async function pictures(blob) {
   return Promise.all(made);
 }
 
-/** The events that this file sends itself. @type {WeakSet<Event>} */
-const own = new WeakSet();
-
-/** @param {any} detail */
-function send(detail) {
-  const event = new CustomEvent(EVENT, { detail });
-  own.add(event);
-  api.dispatchEvent(event);
-}
+/** The frontend's own way to tell of an event; set when the page is set up. @type {(detail: any) => void} */
+let send = () => {};
 
 const playing = { blobs: /** @type {Blob[]} */ ([]), detail: /** @type {any} */ (null), frame: 0, timer: 0 };
 /** The preview that waits while the one before it is taken apart. @type {any} */
@@ -114,14 +107,16 @@ async function play(detail) {
 app.registerExtension({
   name: "vidgen.preview",
   setup() {
-    const take = (/** @type {CustomEvent} */ event) => {
-      const node = nodeOf(event.detail.displayNodeId ?? event.detail.nodeId);
-      if (own.has(event) || !node?.type?.startsWith(PREFIX)) return;
-      event.stopImmediatePropagation();
-      play(event.detail).catch(() => send(event.detail)); // a picture that cannot be taken apart, as it is
+    // The frontend listens before any extension can, so the sheet is taken where it is told of.
+    const tell = api.dispatchCustomEvent?.bind(api);
+    if (!tell) return;
+    send = (detail) => tell(EVENT, detail);
+    api.dispatchCustomEvent = (/** @type {string} */ kind, /** @type {any} */ detail) => {
+      const isOurs = kind === EVENT && nodeOf(detail?.displayNodeId ?? detail?.nodeId)?.type?.startsWith(PREFIX);
+      if (!isOurs) return tell(kind, detail);
+      play(detail).catch(() => send(detail)); // a picture that cannot be taken apart, as it is
+      return true;
     };
-    // Before the frontend's own listener, which would show the sheet.
-    api.addEventListener(EVENT, take, { capture: true });
     api.addEventListener("executing", stop);
     for (const end of ENDS) api.addEventListener(end, stop);
   },
