@@ -154,7 +154,7 @@ class Plans:
         return {"badges": badges, **plan.to_dict(), "nearest": nearest}
 
     def _nearest(self, plan: Plan, planner: Planner, asked: Wish) -> list[dict[str, int]]:
-        """None where the next question comes before they are found, or where it takes too long."""
+        """An empty list where the next question comes before they are found, or where it takes too long."""
         from ..vidgen_core.memory.cancel import listening
         from ..vidgen_core.memory.host import LocalHost
 
@@ -208,17 +208,18 @@ def around(prompt: Prompt, sampler: str) -> Prompt:
     but no other sampler that only has a node in common with it."""
     from .. import NODE_CLASS_MAPPINGS
 
-    chosen = dict.fromkeys(_upstream(prompt, sampler))
-    reached = [sampler]
-    while reached:
-        source = reached.pop()
-        for node_id, node in prompt.items():
-            links = map(as_link, node.get("inputs", {}).values())
-            if node_id not in chosen and any(link is not None and link.node_id == source for link in links):
-                if node.get("class_type") == "VidGenSampler":
-                    continue
-                reached.append(node_id)
-                chosen |= dict.fromkeys(_upstream(prompt, node_id, but="VidGenSampler"))
+    readers: dict[str, list[str]] = {}
+    for node_id, node in prompt.items():
+        for link in filter(None, map(as_link, node.get("inputs", {}).values())):
+            readers.setdefault(link.node_id, []).append(node_id)
+    reached, coming = set(), [sampler]
+    while coming:
+        for node_id in readers.get(coming.pop(), ()):
+            if node_id not in reached and prompt[node_id].get("class_type") != "VidGenSampler":
+                reached.add(node_id)
+                coming.append(node_id)
+    after = [node_id for node_id in prompt if node_id in reached]
+    chosen = dict.fromkeys((*_upstream(prompt, sampler), *_upstream(prompt, *after, but="VidGenSampler")))
     return {node_id: prompt[node_id] for node_id in chosen if prompt[node_id].get("class_type") in NODE_CLASS_MAPPINGS}
 
 
@@ -371,9 +372,9 @@ def _one_of(prompt: Prompt, *class_types: str) -> str:
     )
 
 
-def _upstream(prompt: Prompt, node_id: str, *, but: str = "") -> Iterator[str]:
-    """The node and what feeds it, the nearest first; not through nodes of the class ``but``."""
-    seen, coming = {node_id}, [node_id]
+def _upstream(prompt: Prompt, *node_ids: str, but: str = "") -> Iterator[str]:
+    """The nodes and what feeds them, the nearest first; not through nodes of the class ``but``."""
+    seen, coming = set(node_ids), list(node_ids)
     while coming:
         current = coming.pop(0)
         if current not in prompt or (but and prompt[current].get("class_type") == but):
