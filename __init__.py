@@ -6,6 +6,8 @@ Importing it starts nothing: no device is asked, no file is read, and torch itse
 
 __version__ = "0.1.0"
 
+import sys
+
 # pytest runs a bare __init__.py of the root folder without a package: then there is nothing to import from.
 if __package__:
     from .nodes.attention import Attention
@@ -102,6 +104,16 @@ if __package__:
     }
 
     WEB_DIRECTORY = "./web"
+
+    def _plan(body):
+        from .headless.plan import answer
+
+        return answer(body)
+
+    if "comfy.model_management" in sys.modules:  # ComfyUI runs, and has loaded torch long ago
+        from .nodes.host import offer_plans
+
+        offer_plans(_plan)
 
     def render(workflow, /, *, output=None, device=None, models=(), quiet=True, **values):
         """Run a workflow: ``vidgen.render("hunyuan_t2v", seed=7, output="a.mp4", **{"Prompt.prompt": "a red star"})``.

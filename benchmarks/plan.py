@@ -405,7 +405,7 @@ def predict_again(bench: Bench, file: Path) -> None:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shares and worst cases of what was not refused; refused sizes were run the smallest way, to see what they take."""
+    """Shares and worst cases of what was not refused; what was refused was run the smallest way nevertheless."""
     ratios = sorted(row["ratio"] for row in rows if row["fits"])
     kept = [row for row in rows if row["budget"] and row["fits"]]
     refused = [row for row in rows if row["budget"] and not row["fits"]]

@@ -324,6 +324,13 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
             yield Problem(kind="custom_validation_failed", message=str(verdict))
 
 
+def value_problems(cls: type, inputs: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the plain values of a node, where some are missing or come through links."""
+    plain = {name: value for name, value in inputs.items() if as_link(value) is None}
+    found = _node_problems({"": {"class_type": "", "inputs": plain}}, {"": cls}, "")
+    return [problem for problem in found if problem.kind != "required_input_missing"]
+
+
 def _with_config(problems: Iterable[Problem], kind: Any, options: Mapping[str, Any]) -> Iterator[Problem]:
     for problem in problems:
         yield replace(problem, config=[kind, dict(options)])

@@ -6,6 +6,7 @@ need: lists for the combos, input files, and where a video is saved.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from ..vidgen_core.memory.host import FOLDERS, Host, LocalHost, bundled_folder, 
 from ..vidgen_core.weights.header import read_header
 from ..vidgen_core.weights.lora import holds_lora
 from ..vidgen_core.weights.shards import INDEX, checkpoints_in, shards_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger("vidgen")
 
@@ -435,12 +439,11 @@ class ComfyHost:
 
     def preview(self, frames: Callable[[], Tensor]) -> None:
         """A contact sheet of the frames through the ordinary preview channel, which every frontend shows."""
-        from PIL import Image
-
         if self._bar is None:
             return
         sheet = contact_sheet(frames())
-        self._bar.update_absolute(self._done, self._total, ("JPEG", Image.fromarray(sheet.numpy()), 512))
+        # The last number is the size that ComfyUI makes of it: as it is.
+        self._bar.update_absolute(self._done, self._total, ("JPEG", sheet, max(sheet.size)))
 
     def check_cancelled(self) -> None:
         import comfy.model_management
@@ -572,6 +575,28 @@ class ComfyHost:
             comfy.model_management.load_models_gpu([handle], force_full_load=True)
 
 
+def offer_plans(answer: Callable[[object], dict[str, Any]]) -> None:
+    """``POST /vidgen/plan`` on ComfyUI's server, where there is one; ``answer`` takes the request's JSON."""
+    import asyncio
+
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None:  # ComfyUI's modules without its server: a script of somebody
+        return
+    from aiohttp import web
+
+    async def plan(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(await asyncio.to_thread(answer, await request.json()))
+        except (ValueError, RecursionError) as error:  # no JSON, or a UserError
+            kind, what = ("bad_request", str(error)) if isinstance(error, UserError) else ("invalid_json", "no JSON")
+            body = {"error": {"type": kind, "message": what, "details": "", "extra_info": {}}}
+            return web.json_response(body, status=400)
+
+    server.routes.post("/vidgen/plan")(plan)
+
+
 class ModelHandle:
     """A module as ComfyUI's model manager sees it, so that its "free" button and other models can move it off.
 
@@ -686,15 +711,25 @@ _handles: weakref.WeakKeyDictionary[nn.Module, ModelHandle] = weakref.WeakKeyDic
 """of the modules that ComfyUI's manager knows of"""
 
 
-def contact_sheet(frames: Tensor, *, num_columns: int = 4, min_px: int = 96) -> Tensor:
-    """(T, H, W, 3) uint8 -> one picture (rows * H, columns * W, 3) with up to ``num_columns`` frames a row.
+def contact_sheet(frames: Tensor, *, num_columns: int = 4, side_px: int = 256, most: int = 16) -> Image:
+    """Up to ``most`` of the frames (T, H, W, 3) uint8, evenly spaced, in rows of one picture.
 
-    Frames that are smaller than ``min_px`` (a preview has one px per latent) are enlarged by a whole number.
+    Frames that are smaller than ``side_px`` (a preview has one px per latent) are enlarged smoothly. The picture's JPEG
+    says in its comment how the frames lie, so that the pack's page can show them one after the other.
     """
-    factor = -(-min_px // max(frames.shape[1:3]))
-    frames = frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    num_columns = min(num_columns, len(frames))
-    missing = -len(frames) % num_columns
+    from PIL.Image import fromarray
+
+    number = min(len(frames), most)
+    frames = frames[torch.linspace(0, len(frames) - 1, number).round().long()]
+    height, width = frames.shape[1:3]
+    if (factor := side_px / max(height, width)) > 1:
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        pixels = nn.functional.interpolate(frames.permute(0, 3, 1, 2).float(), size=size, mode="bicubic")
+        frames = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    num_columns = min(num_columns, number)
+    missing = -number % num_columns
     frames = torch.cat([frames, frames.new_zeros(missing, *frames.shape[1:])])
     rows = frames.unflatten(0, (-1, num_columns))
-    return rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
+    picture = fromarray(rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2).numpy())
+    picture.info["comment"] = json.dumps({"vidgen": {"columns": num_columns, "frames": number}}).encode()
+    return picture

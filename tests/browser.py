@@ -107,6 +107,12 @@ class Visit:
             kind,
         )
 
+    def settings(self, **values: Any) -> None:
+        """Of the frontend, with ``_`` for the dots in their names; the server keeps them for the next visit."""
+        for name, value in values.items():
+            call = "([name, value]) => window.app.extensionManager.setting.set(name, value)"
+            self.page.evaluate(call, [name.replace("_", "."), value])
+
     def run(self) -> None:
         self.page.get_by_role("button", name="Run", exact=True).first.click()
 

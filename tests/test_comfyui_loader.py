@@ -161,6 +161,27 @@ def test_the_node_functions_run(pack: Path, tiny_bundle_dir: Path, tmp_path: Pat
     assert not result["known"]
 
 
+OFFER = """
+offered = []
+
+class Routes:
+    def post(self, address):
+        return lambda handler: offered.append(address)
+
+server = types.ModuleType("server")
+server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(routes=Routes()))
+sys.modules["server"] = server
+for name in ("comfy", "comfy.model_management"):
+    sys.modules[name] = types.ModuleType(name)
+load()
+print(json.dumps(offered))
+"""
+
+
+def test_comfyuis_server_is_offered_the_plan(pack: Path) -> None:
+    assert run(OFFER, pack, cwd=pack.parent) == ["/vidgen/plan"]
+
+
 def test_the_bare_init_file_is_harmless() -> None:
     """pytest and some tools run the root's __init__.py on its own, as a module without a package."""
     code = "import runpy, sys; print(sorted(runpy.run_path(sys.argv[1])['__name__']) != [])"

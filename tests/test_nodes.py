@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import shutil
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vidgen
 from vidgen.headless.graph import widget_names
@@ -682,9 +685,23 @@ def test_comfyui_lists_its_own_inputs_and_finds_the_examples(comfy: SimpleNamesp
 @pytest.mark.parametrize(("num_frames", "size"), [(1, (6, 4)), (4, (6, 16)), (5, (12, 16)), (9, (18, 16))])
 def test_contact_sheet(num_frames: int, size: tuple[int, int]) -> None:
     frames = torch.arange(num_frames, dtype=torch.uint8)[:, None, None, None].expand(num_frames, 6, 4, 3)
-    sheet = hosts.contact_sheet(frames, min_px=6)
+    sheet = np.asarray(hosts.contact_sheet(frames, side_px=6))
     assert sheet.shape == (*size, 3)
-    assert torch.equal(hosts.contact_sheet(frames, min_px=13)[::3, ::3], sheet)
     columns = min(num_frames, 4)
     for number in range(num_frames):
         assert int(sheet[number // columns * 6, number % columns * 4, 0]) == number
+
+
+def test_a_contact_sheet_can_be_seen_and_taken_apart() -> None:
+    """16 x 8 latents become a picture that is large enough, and its JPEG says how many there are and where."""
+    frames = torch.linspace(0, 255, 33).to(torch.uint8)[:, None, None, None].expand(33, 8, 16, 3)
+    sheet = hosts.contact_sheet(frames)
+    assert sheet.size == (4 * 256, 4 * 128)
+    pixels = np.asarray(sheet)
+    seen = [int(pixels[row * 128 + 64, column * 256 + 128, 0]) for row in range(4) for column in range(4)]
+    assert seen[0] == 0
+    assert seen[-1] == 255
+    assert seen == sorted(set(seen))
+    file = io.BytesIO()
+    sheet.resize(sheet.size).save(file, "JPEG", quality=95)  # as ComfyUI does
+    assert json.loads(Image.open(file).info["comment"]) == {"vidgen": {"columns": 4, "frames": 16}}

@@ -21,7 +21,7 @@ from vidgen.vidgen_core.bundle import find_parts, load_bundle
 from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.generate import Sampling, decode_latents, generate
 from vidgen.vidgen_core.memory import plan as plans
-from vidgen.vidgen_core.memory.live import Work, cost_of
+from vidgen.vidgen_core.memory.live import Work, cost_of, watched_memory
 from vidgen.vidgen_core.memory.plan import Plan, Rates, Stage, StageWays, Way, choose, following, nearest_sizes
 from vidgen.vidgen_core.planning import Planner, Wish, plan_video
 from vidgen.vidgen_core.tiling import Tiling
@@ -67,6 +67,16 @@ def test_weights_do_not_count_but_are_told() -> None:
     assert cost.peak == 4 * 100 * (64 + 32)
     assert cost.weights == 4 * (64 * 32 + 32)
     assert cost.work.flops == {"linear": 2 * 100 * 64 * 32}
+
+
+def test_what_is_measured_apart_is_counted_once() -> None:
+    with watched_memory() as meter:
+        with meter.not_counting():
+            cost = cost_of(lambda x: (x + 1) @ x.T, meta(50, 60))
+        assert (meter.peak, meter.work) == (0, Work())
+        meter.skip(cost)
+    assert (meter.peak, meter.work) == (cost.peak, cost.work)
+    assert cost.work.num_ops == 2
 
 
 def test_attention_keeps_no_scores() -> None:

@@ -34,6 +34,10 @@ class UserError(ValueError):
             parts.append(f"What to do: {do.rstrip('.')}.")
         super().__init__(" ".join(parts))
 
+    def parts(self) -> dict[str, str | None]:
+        """For programs: each of the four parts by its name."""
+        return {"what": self.what, "given": self.given, "expected": self.expected, "do": self.do}
+
 
 class SettingsError(UserError):
     """A number, size or option that cannot be used (0 frames, negative width, unknown sampler)."""

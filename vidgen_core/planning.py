@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .bounded import plan as plan_exact
 from .codec import Codec
 from .families import Config, Family, Found
 from .guidance import cfg
+from .memory.cancel import check_cancelled
 from .memory.host import memory_in_use
 from .memory.live import Cost, LiveBytes, Work, cost_of, watched_memory
 from .memory.place import AUTO, STORAGES, resident_blocks
@@ -52,6 +53,10 @@ FRAME_SHARE = 0.75
 """stride of tiles over their size, as HunyuanVideo has it"""
 TILES = ((256, 64), (256, 32), (128, 32), (128, 16), (64, 16), (64, 8))
 """px and frames of the tiles that are tried where one pass does not fit, the fastest first"""
+
+BOUNDS = (4.0, 2.0, 1.4, 1.0)
+"""times the smallest, within which exact coding is tried: the more room, the less is computed twice"""
+Which = Literal["all", "best", "least"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +186,12 @@ class _Remembering:
     def _run(self, what: str, x: Tensor) -> Tensor:
         """Every size by itself: a smaller tile may go to another kernel, and take more."""
         key = what, x.dtype, *x.shape
-        if key not in self.costs:
-            like = torch.empty(x.shape, dtype=x.dtype, device="meta")
-            cost = cost_of(getattr(self._codec, what), like, modules=[self._module])
-            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes)
         assert self.meter is not None
+        if key not in self.costs:
+            with self.meter.not_counting():
+                like = torch.empty(x.shape, dtype=x.dtype, device="meta")
+                cost = cost_of(getattr(self._codec, what), like, modules=[self._module])
+            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes)
         self.meter.skip(self.costs[key])
         return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
 
@@ -360,27 +366,39 @@ class Planner:
         self.headers, self.found = dict(headers), dict(found)
         self.device = torch.device(device)
         self.rates = known_rates(self.device) if rates is None else rates
-        libraries = LIBRARY_BYTES if self.device.type == "cpu" else 0
-        now = memory_in_use(self.device) + libraries
+        now = memory_in_use(self.device) + library_bytes(self.device)
         self.baseline_bytes = now if baseline_bytes is None else baseline_bytes
         self.family = next(iter(self.found.values())).family
         self._known: dict[Any, Any] = {}
 
     def plan(self, wish: Wish, budget_bytes: int | None = None) -> Plan:
         """The fastest way within the budget; ``fits`` is false where there is none."""
-        free = room_on(self.device) + memory_in_use(self.device)
-        budget = free if budget_bytes is None else budget_bytes
-        shape = wish.shape
-        subject = {
+        budget, subject = self._budget(budget_bytes), self._subject(wish)
+        told = {"baseline_bytes": self.baseline_bytes, "subject": subject}
+        best = choose(self.stages(wish, which="best"), budget, self.rates, **told)
+        # The ways that take less are many, and to find them takes seconds: only where they are needed.
+        return best if best.fits else choose(self.stages(wish), budget, self.rates, **told)
+
+    def frames_alone(self, wish: Wish, budget_bytes: int | None = None) -> Plan:
+        """Of writing the finished frames and nothing else: where that does not fit nothing does, and it is told at
+        once."""
+        stages = [StageWays(name="write", ways=[self._write_way(wish)])]
+        told = {"baseline_bytes": self.baseline_bytes, "subject": self._subject(wish)}
+        return choose(stages, self._budget(budget_bytes), self.rates, **told)
+
+    def _budget(self, budget_bytes: int | None) -> int:
+        return room_on(self.device) + memory_in_use(self.device) if budget_bytes is None else budget_bytes
+
+    def _subject(self, wish: Wish) -> dict[str, Any]:
+        return {
             "family": self.family.name,
-            "frames": shape.num_frames,
-            "width": shape.width_px,
-            "height": shape.height_px,
+            "frames": wish.shape.num_frames,
+            "width": wish.shape.width_px,
+            "height": wish.shape.height_px,
             "videos": wish.num_videos,
             "steps": wish.num_steps,
             "device": str(self.device),
         }
-        return choose(self.stages(wish), budget, self.rates, baseline_bytes=self.baseline_bytes, subject=subject)
 
     def check(self, wish: Wish, budget_bytes: int | None = None) -> Plan:
         """:meth:`plan`; SettingsError with the nearest sizes that fit where there is no way."""
@@ -394,7 +412,8 @@ class Planner:
         """The longest video of this size that fits, and the largest of this length."""
 
         def fits(shape: VideoShape) -> bool:
-            return least(self.stages(replace(wish, shape=shape)), self.baseline_bytes) <= budget_bytes
+            check_cancelled()
+            return least(self.stages(replace(wish, shape=shape), which="least"), self.baseline_bytes) <= budget_bytes
 
         patch = self.family.patch(self.found["network"].config) if "network" in self.found else (1, 1, 1)
         return nearest_sizes(wish.shape, self.grid, patch, fits)
@@ -403,20 +422,21 @@ class Planner:
     def grid(self) -> Grid:
         return self.family.grid(self.found["codec"].config)
 
-    def stages(self, wish: Wish) -> list[StageWays]:
-        """The stages of a render and the ways each can go, the fastest first."""
+    def stages(self, wish: Wish, *, which: Which = "all") -> list[StageWays]:
+        """The stages of a render and the ways each can go, the fastest first; or that one only; or a few that end with
+        the way that takes least."""
         parts = [part for part in self.found if part in self.family.text.parts]
         stages = []
         if parts:
             stages.append(StageWays(name="encode prompt", ways=self._text_ways(parts, wish)))
         if wish.encodes_frames and "codec" in self.found:
-            stages.append(StageWays(name="encode video", ways=self._codec_ways(wish, "encode")))
+            stages.append(StageWays(name="encode video", ways=self._codec_ways(wish, "encode", which)))
         if "network" in self.found:
             stages.append(StageWays(name="sample", ways=self._sample_ways(wish)))
         if wish.decodes and "codec" in self.found:
-            stages.append(StageWays(name="decode", ways=self._codec_ways(wish, "decode")))
+            stages.append(StageWays(name="decode", ways=self._codec_ways(wish, "decode", which)))
             stages.append(StageWays(name="write", ways=[self._write_way(wish)]))
-        return stages
+        return [replace(stage, ways=stage.ways[:1]) for stage in stages] if which == "best" else stages
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._known:
@@ -541,7 +561,7 @@ class Planner:
 
     # --- codec
 
-    def _codec_ways(self, wish: Wish, what: str) -> list[Way]:
+    def _codec_ways(self, wish: Wish, what: str, which: Which) -> list[Way]:
         shape = wish.shape
         weights = self._weights("codec", wish)
         if what == "encode":
@@ -557,12 +577,13 @@ class Planner:
             return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
 
         codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
-        bounds = self._exact(remembering, what, shape)
-        codings += bounds[:-1]
-        for tiling in self._tilings(shape):
-            name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
-            codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
-        codings += bounds[-1:]  # slow, but nothing takes less
+        if which != "best":
+            bounds = self._exact(remembering, what, shape, BOUNDS if which == "all" else BOUNDS[-1:])
+            codings += bounds[:-1]
+            for tiling in self._tilings(shape):
+                name = f"tiles of {tiling.tile_px} px and {tiling.tile_frames} frames"
+                codings.append((name, "the largest tiles that fit; where they meet they are blended", tiling, 1.0))
+            codings += bounds[-1:]  # slow, but nothing takes less
         # The first stage that uses the codec brings its weights.
         is_first = what == "encode" or not wish.encodes_frames
         ways = []
@@ -602,7 +623,9 @@ class Planner:
             return encode_cost(codec, shape, None)
         return decode_cost(codec, (1, *shape.latent_shape(self.grid)), None)
 
-    def _exact(self, codec: _Remembering, what: str, shape: VideoShape) -> list[tuple[str, str, Coding, float]]:
+    def _exact(
+        self, codec: _Remembering, what: str, shape: VideoShape, bounds: Sequence[float]
+    ) -> list[tuple[str, str, Coding, float]]:
         """Bounds within which this video can be coded exactly, the fastest first."""
         layered = codec.layered
         if layered is None:
@@ -612,14 +635,15 @@ class Planner:
         def reckon() -> list[tuple[str, str, Coding, float]]:
             smallest = smallest_budget(layered, direction, shape)
             found = []
-            for times in (4.0, 2.0, 1.4, 1.0):
+            for times in bounds:
+                check_cancelled()
                 bound = math.ceil(times * smallest)
                 cost = plan_exact(layered, direction, shape, bound).relative_cost
                 why = f"what one pass gives, at {cost:.1f} times its work"
                 found.append((f"exact within {bound / 1e6:.0f} MB", why, Bound(budget_bytes=bound), cost))
             return found
 
-        return self._kept(("exact", what, shape, codec.dtype), reckon)
+        return self._kept(("exact", what, shape, codec.dtype, *bounds), reckon)
 
     def _tilings(self, shape: VideoShape) -> list[Tiling]:
         """That cut this video; those of one size are left out."""
@@ -640,6 +664,11 @@ class Planner:
             passing=lambda: video + 6 * frame,
             work=lambda: Work(moved=8.0 * video, num_ops=6 * shape.num_frames),
         )
+
+
+def library_bytes(device: torch.device) -> int:
+    """What libraries will add to a process that has not rendered yet."""
+    return LIBRARY_BYTES if device.type == "cpu" else 0
 
 
 def _tiling(tile_px: int, tile_frames: int, grid: Grid) -> Tiling:

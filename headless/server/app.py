@@ -34,6 +34,7 @@ from ...nodes import host as hosts
 from ...vidgen_core.errors import FileError, MissingLibraryError, UserError
 from ..custom_nodes import Packs
 from ..executor import Checked, Classes, PromptError, examine, failed, node_errors
+from ..plan import answer
 from . import messages
 from .catalog import object_info
 from .host import ServerHost
@@ -187,6 +188,7 @@ class Server:
             ("GET", "/experiment/models/{folder}", self.get_empty_list),
             ("GET", "/prompt", self.get_prompt),
             ("POST", "/prompt", self.post_prompt),
+            ("POST", "/vidgen/plan", self.post_plan),
             ("GET", "/queue", self.get_queue),
             ("POST", "/queue", self.post_queue),
             ("GET", "/history", self.get_history),
@@ -380,6 +382,15 @@ class Server:
             Job(id=job_id, number=number, prompt=prompt, outputs=checked.outputs, extra_data=extra, client_id=client_id)
         )
         return web.json_response({"prompt_id": job_id, "number": number, "node_errors": messages.finite(errors)})
+
+    async def post_plan(self, request: web.Request) -> web.Response:
+        body = await self._json(request)
+
+        def plan() -> dict[str, Any]:
+            with hosts.using(self.new_host()):
+                return answer(body)
+
+        return web.json_response(messages.finite(await asyncio.to_thread(plan)))
 
     def _examine(self, prompt: Any, targets: list[str] | None) -> Checked:
         with hosts.using(self.new_host()):

@@ -14,7 +14,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from ...vidgen_core.errors import Cancelled, UserError
 from ..executor import Cache, Classes, Event, NodeError, Prompt, execute
 from . import messages
 from .host import ServerHost
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger("vidgen")
 
@@ -199,7 +202,7 @@ class _Running:
         self.states: dict[str, dict[str, Any]] = {}
         self.executed: list[str] = []
         self.node = ""
-        self.sheet: Tensor | None = None
+        self.sheet: Image | None = None
         self.previewed = 0.0
 
     def run(self) -> None:
@@ -303,5 +306,5 @@ class _Running:
         inputs = self.job.prompt[error.node_id].get("inputs", {})
         more = {"executed": self.executed, "current_inputs": dict(inputs), "current_outputs": sorted(self.job.shown)}
         if known:
-            more["vidgen"] = {"what": cause.what, "given": cause.given, "expected": cause.expected, "do": cause.do}
+            more["vidgen"] = cause.parts()
         self._event("execution_error", {**self.job.error, **more})

@@ -10,9 +10,10 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PREVIEW_WITH_METADATA = 4
 FEATURES = {
@@ -39,12 +40,10 @@ def finite(value: Any) -> Any:
     return value
 
 
-def preview(sheet: Tensor, *, prompt_id: str, node_id: str) -> bytes:
-    """A binary frame with a JPEG of ``sheet`` (H, W, 3) uint8."""
-    from PIL import Image
-
+def preview(sheet: Image, *, prompt_id: str, node_id: str) -> bytes:
+    """A binary frame with ``sheet`` as a JPEG."""
     names = {"node_id": node_id, "display_node_id": node_id, "real_node_id": node_id, "parent_node_id": None}
     about = json.dumps({"prompt_id": prompt_id, **names, "image_type": "image/jpeg"}).encode()
     picture = io.BytesIO()
-    Image.fromarray(sheet.numpy()).save(picture, "JPEG", quality=85)
+    sheet.save(picture, "JPEG", quality=85)
     return struct.pack(">II", PREVIEW_WITH_METADATA, len(about)) + about + picture.getvalue()

@@ -82,9 +82,21 @@ class LiveBytes(TorchDispatchMode):
         self.weights = self.kept = 0
         self._untouched: dict[int, int] = {}
         self._kernels: set[Any] = set()
+        self.is_counting = True
+
+    @contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """For what another meter counts inside of this one: it would count here as well."""
+        self.is_counting = False
+        try:
+            yield
+        finally:
+            self.is_counting = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.is_counting:
+            return func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in given:
             self.hold(tensor)  # made outside, and kept there

@@ -5,11 +5,15 @@
 import { app } from "../../../scripts/app.js";
 // @ts-ignore: served by the frontend
 import { api } from "../../../scripts/api.js";
+import { nodeOf } from "./dom.js";
 
 const PREFIX = "VidGen";
 const WIDGET_TYPES = new Set(["INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"]);
 const SEEDS = new Set(["seed", "noise_seed"]);
 const TOAST_MS = 30000;
+const INFO_BUTTON = '[data-testid="info-button"]';
+const LOOKS = 10;
+const LOOK_MS = 100;
 
 /**
  * The widgets of a node in the order of a workflow's `widgets_values`. Widgets are only ever appended, so today's order
@@ -51,10 +55,35 @@ function showError(error) {
     parts.given && `Given: ${parts.given}`,
     parts.expected && `Expected: ${parts.expected}`,
     parts.do && `What to do: ${parts.do}`,
-    `Node ${error.node_id}; its help is under "i" in the node's toolbox.`,
   ];
-  const detail = lines.filter(Boolean).join("\n");
-  app.extensionManager.toast.add({ severity: "error", summary: parts.what, detail, life: TOAST_MS });
+  const { toast } = app.extensionManager;
+  if (!toast.error) {
+    // A frontend whose toasts have no buttons.
+    const detail = [...lines, `Node ${error.node_id}; its help is under "i" in the node's toolbox.`];
+    toast.add({ severity: "error", summary: parts.what, detail: detail.filter(Boolean).join("\n"), life: TOAST_MS });
+    return;
+  }
+  const action = { label: `Help on node ${error.node_id}`, onClick: () => showHelp(error.node_id, error.node_type) };
+  toast.error(parts.what, { description: lines.filter(Boolean).join("\n"), duration: TOAST_MS, action });
+}
+
+/**
+ * The node's page: in the frontend's own panel if it has one, else on a page of its own.
+ * @param {string} id
+ * @param {string} type
+ */
+async function showHelp(id, type) {
+  const node = nodeOf(id);
+  if (node?.graph && node.graph === app.canvas.graph) {
+    app.canvas.selectNode(node);
+    app.canvas.centerOnNode?.(node);
+    for (let look = 0; look < LOOKS; look++) {
+      const button = document.querySelector(INFO_BUTTON);
+      if (button instanceof HTMLElement) return button.click();
+      await new Promise((done) => setTimeout(done, LOOK_MS)); // the toolbox comes with the selection
+    }
+  }
+  window.open(new URL(`../docs/${type}.md`, import.meta.url), "_blank", "noopener");
 }
 
 app.registerExtension({
