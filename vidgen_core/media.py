@@ -25,8 +25,9 @@ from typing import IO, TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import FileError, MissingLibraryError, SettingsError
+from .errors import FileError, MissingLibraryError, SettingsError, UserError
 from .memory.cancel import WAIT_S, check_cancelled
+from .memory.host import available_memory
 from .types import Grid
 from .weights.save import atomic_path, write_error
 
@@ -34,6 +35,7 @@ log = logging.getLogger("vidgen")
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.ImageFile import ImageFile
 
 # RGB is turned into BT.709 and tagged so: without the tag a player guesses from the size and shifts the colours.
 _TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+full_chroma_inp"
@@ -50,6 +52,15 @@ _NUM_ERRNO = 40  # the file-related ones are all below
 _SIGXFSZ = getattr(signal, "SIGXFSZ", 0)  # a file grew past the limit of the process (ulimit -f)
 _EVEN_SIDES = (".mp4", ".m4v", ".mov", ".webm")  # 4:2:0 chroma covers 2x2 px
 
+
+MAX_IMAGE_PX = 8192**2
+"""of a picture: 1 GB as numbers"""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+_DEMUXERS = "mov,matroska,avi,gif,webp_anim,webp_pipe,mpegts,mpeg,flv,asf,ogg,wav,mp3,flac,aac"
+READ_ONLY_ITSELF = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS]
+"""ffmpeg's options before an input file: no playlists, which name other files and other hosts"""
+_COPIES = 6
+"""a frame of bytes becomes one of float32, and the bytes are there twice"""
 
 # --- tensors <-> frames ---------------------------------------------------------------------------------------------
 
@@ -82,6 +93,36 @@ def frames_to_images(frames: np.ndarray) -> Tensor:
     return torch.tensor(frames, dtype=torch.float32).div_(255.0)
 
 
+@contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[ImageFile]:
+    """A picture file by Pillow, whose pixels are not read yet. Errors while they are read are told here, too.
+
+    Raises:
+        FileError: it cannot be read, is damaged, is no picture, or is larger than :data:`MAX_IMAGE_PX`.
+    """
+    from PIL import Image
+
+    try:
+        # Named kinds only: for some others Pillow would start a program.
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
+            # Before a pixel is read: a few bytes can stand for gigabytes.
+            if file.width * file.height > MAX_IMAGE_PX:
+                raise FileError(
+                    "The image is too large",
+                    given=f"{Path(path).name} of {file.width} x {file.height} px",
+                    expected=f"at most {MAX_IMAGE_PX // 10**6} million px",
+                    do="make it smaller first",
+                )
+            yield file
+    except UserError:
+        raise
+    # SyntaxError is what Pillow raises for some damaged PNGs.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileError(
+            "The image cannot be read", given=path, expected="a PNG, JPEG, WebP or BMP file", do=f"check it ({error})"
+        ) from error
+
+
 def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
     """A picture file, upright: (IMAGE (1, H, W, 3) in [0, 1], MASK (1, H, W), 1 where it is transparent).
 
@@ -89,16 +130,10 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
         FileError: it cannot be read, is damaged, or is no picture.
     """
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    try:
-        with Image.open(path) as file:
-            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32) / 255
-    # SyntaxError is what Pillow raises for some damaged PNGs.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FileError(
-            "The image cannot be read", given=path, expected="a PNG, JPEG, WebP or BMP file", do=f"check it ({error})"
-        ) from error
+    with open_image(path) as file:
+        pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32) / 255
     rgba = torch.from_numpy(pixels)[None]
     return rgba[..., :3].contiguous(), 1 - rgba[..., 3]
 
@@ -338,13 +373,21 @@ def read_video(
     import imageio_ffmpeg
     import numpy as np
 
-    reader = imageio_ffmpeg.read_frames(str(path))
+    room = available_memory()
+    reader = imageio_ffmpeg.read_frames(str(path), input_params=READ_ONLY_ITSELF)
     try:
         info = next(reader)
         stop = None if num_frames is None else start + num_frames
         raw = []
-        for frame in itertools.islice(reader, start, stop):
+        width, height = info["size"]
+        for number, frame in enumerate(itertools.islice(reader, start, stop), 1):
             check_cancelled()
+            if number * width * height * 3 * _COPIES > room:
+                raise FileError(
+                    "The video does not fit into memory",
+                    given=f"{path.name}, {number} frames or more of {width} x {height} px",
+                    do="read fewer frames of it, or make it smaller",
+                )
             raw.append(frame)
     except (OSError, RuntimeError, StopIteration) as error:
         raise FileError(
@@ -354,7 +397,6 @@ def read_video(
         reader.close()
     if not raw:
         raise FileError("The video has no frames there", given=f"{path} from frame {start}", do="start earlier")
-    width, height = info["size"]
     return np.frombuffer(b"".join(raw), dtype=np.uint8).reshape(len(raw), height, width, 3), float(info["fps"])
 
 

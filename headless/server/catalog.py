@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ..executor import Classes
 from ..graph import widget_names
 
+log = logging.getLogger("vidgen")
+
 _FLAGS = ("DEPRECATED", "EXPERIMENTAL", "DEV_ONLY")
 
 
 def object_info(classes: Classes, titles: Mapping[str, str], modules: Mapping[str, str]) -> dict[str, Any]:
     """Node id -> declaration. ``modules``: node id -> where it comes from, such as ``custom_nodes.vidgen``."""
-    return {name: _declaration(name, cls, titles.get(name, name), modules[name]) for name, cls in classes.items()}
+    declared = {}
+    for name, cls in classes.items():
+        try:
+            declared[name] = _declaration(name, cls, titles.get(name, name), modules[name])
+        except Exception:  # a class of strangers: without the others there would be no page at all
+            log.exception("The node %s cannot say what it is, and is left out", name)
+    return declared
 
 
 def _declaration(name: str, cls: Any, title: str, module: str) -> dict[str, Any]:

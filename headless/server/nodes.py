@@ -225,23 +225,31 @@ class LoadAudio:
 
 
 SAMPLE_RATE = 44100
+MAX_AUDIO_S = 3600
+"""1.3 GB as numbers"""
 
 
 def read_audio(path: Path) -> dict[str, Any]:
     """A sound file as ComfyUI's AUDIO: ``waveform`` (1, 2, samples) in [-1, 1] at 44.1 kHz.
 
     Raises:
-        FileError: it is damaged or holds no sound.
+        FileError: it is damaged, holds no sound, or is too long.
     """
     import subprocess
 
     import imageio_ffmpeg
     import torch
 
-    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path)]
-    run = subprocess.run([*program, "-f", "f32le", "-ac", "2", "-ar", str(SAMPLE_RATE), "-"], capture_output=True)
+    from ...vidgen_core.media import READ_ONLY_ITSELF
+
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", *READ_ONLY_ITSELF, "-i", str(path)]
+    # A little more than is allowed, to know that there is more: silence of a year packs into a small file.
+    wanted = ["-t", str(MAX_AUDIO_S + 1), "-f", "f32le", "-ac", "2", "-ar", str(SAMPLE_RATE), "-"]
+    run = subprocess.run([*program, *wanted], capture_output=True)
     if run.returncode or not run.stdout:
         raise FileError("The sound cannot be read", given=path.name, expected="a file with sound that ffmpeg reads")
+    if len(run.stdout) > MAX_AUDIO_S * SAMPLE_RATE * 8:
+        raise FileError("The sound is too long", given=path.name, expected=f"at most {MAX_AUDIO_S // 60} minutes")
     samples = torch.frombuffer(bytearray(run.stdout), dtype=torch.float32)
     return {"waveform": samples.view(-1, 2).T.contiguous()[None], "sample_rate": SAMPLE_RATE}
 

@@ -43,7 +43,8 @@ async def _serve(server: Server, bound: socket.socket, say: Callable[[str], None
         # Windows has no signal handlers in the loop; there KeyboardInterrupt ends asyncio.run.
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=2)
+    # Packed requests are refused; unpacking them first is what they are made for.
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=2, auto_decompress=False)
     await runner.setup()
     try:
         await web.SockSite(runner, bound).start()
