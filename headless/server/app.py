@@ -786,15 +786,17 @@ def _parse(text: str) -> Any:
     except ValueError as error:
         raise _refused(400, f"the request is no JSON ({error})", "invalid_json") from error
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for one in level if isinstance(one, dict | list) for child in _children(one)]
+    for _ in range(MAX_DEPTH):
+        level = [child for one in level for child in _inner(one)]
         if not level:
             return value
     raise _too_deep()
 
 
-def _children(one: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return one.values() if isinstance(one, dict) else one
+def _inner(value: Any) -> Iterable[Any]:
+    """The lists and tables directly in a list or table."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (one for one in inner if isinstance(one, dict | list))
 
 
 def _too_deep() -> _Refused:

@@ -25,6 +25,11 @@ def new_server(settings: ServerSettings) -> Server:
     return Server(settings, classes, nodes.TITLES | NODE_DISPLAY_NAME_MAPPINGS, modules)
 
 
+def new_runner(server: Server) -> web.AppRunner:
+    # Packed requests are refused; unpacking them first is what they are made for.
+    return web.AppRunner(server.application(), access_log=None, shutdown_timeout=2, auto_decompress=False)
+
+
 def serve(settings: ServerSettings, *, say: Callable[[str], None], is_opening: bool = False) -> None:
     """Listen until the process is asked to stop.
 
@@ -43,8 +48,7 @@ async def _serve(server: Server, bound: socket.socket, say: Callable[[str], None
         # Windows has no signal handlers in the loop; there KeyboardInterrupt ends asyncio.run.
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
-    # Packed requests are refused; unpacking them first is what they are made for.
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=2, auto_decompress=False)
+    runner = new_runner(server)
     await runner.setup()
     try:
         await web.SockSite(runner, bound).start()

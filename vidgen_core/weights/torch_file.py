@@ -65,14 +65,15 @@ def read_scale_map(path: Path, weights: list[str]) -> dict[str, Place]:
 
 
 def _load_fake(path: Path) -> Any:
-    from torch._subclasses import FakeTensorMode
-
     try:
         # An open file: for a path, torch.load may take another way for another ending.
-        with path.open("rb") as file, FakeTensorMode():
+        with path.open("rb") as file:
             _check_archive(file)
+            from torch._subclasses import FakeTensorMode  # seconds, which only a torch file is worth
+
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with FakeTensorMode():
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "The file holds more than weights, and running what strangers saved is not safe",
