@@ -105,9 +105,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, classes: dict[str, type] | None = None, **settings: Any) -> Iterator[Running]:
+def running(
+    folder: Path, classes: dict[str, type] | None = None, *, has_page: bool = False, **settings: Any
+) -> Iterator[Running]:
     """A server with its files in ``folder``, and ``classes`` besides the real nodes."""
-    server = new_server(ServerSettings(folder=folder, has_page=False, **settings))
+    server = new_server(ServerSettings(folder=folder, has_page=has_page, **settings))
     server.classes = server.jobs.classes = {**server.classes, **(classes or {})}
     server.modules = {**server.modules, **dict.fromkeys(classes or {}, "tests")}
     loop, ready, ports = asyncio.new_event_loop(), threading.Event(), []

@@ -19,6 +19,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from serving import Running, node, running
 
+from vidgen.headless.server.clients import MAX_UNSENT_PREVIEWS, MAX_UNSENT_STATES, Client, Event
+
 
 class Steps:
     """Counts with progress, previews what it has, and shows a result."""
@@ -379,7 +381,7 @@ def test_twenty_listeners_of_which_two_die(server: Running) -> None:
 
 def test_a_long_run_is_told_whole_to_who_listens(server: Running) -> None:
     """Thousands of messages at once; only a state that a later one repeats may be left out."""
-    prompt = {str(n): node("Says", text=str(n)) for n in range(1500)}
+    prompt = {str(n): node("Says", text=str(n), times=1) for n in range(1500)}
     _, heard = hear(server, prompt)
     assert [data["node"] for kind, data in heard if kind == "executed"] == list(prompt)
     assert [data["node"] for kind, data in heard if kind == "executing"][:-1] == list(prompt)
@@ -414,7 +416,7 @@ def test_a_second_page_of_a_client_takes_over(server: Running) -> None:
                 await second.until("status")
                 message = await asyncio.wait_for(first.socket.receive(), 20)
                 assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
-                body = {"prompt": {"1": node("Says", text="a")}, "client_id": "twice"}
+                body = {"prompt": {"1": node("Says", text="a", times=1)}, "client_id": "twice"}
                 await post(second, "/prompt", body)
                 await second.until("end")
 
@@ -452,3 +454,45 @@ def test_a_message_that_unpacks_to_too_much(server: Running) -> None:
 
     asyncio.run(asyncio.wait_for(whole(), 60))
     assert server.get("/users").status == 200
+
+
+class Wire:
+    """A connection that takes everything at once and keeps it."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    async def send_str(self, text: str) -> None:
+        self.sent.append(json.loads(text))
+
+    async def send_bytes(self, content: bytes) -> None:
+        self.sent.append(content)
+
+
+def test_what_a_client_that_lags_is_spared() -> None:
+    """States that later ones repeat, and previews; never anything else, and never the order."""
+    wire = Wire()
+    client = Client(wire)  # type: ignore[arg-type]
+    for n in range(200):
+        client.push(Event("progress_state", {"n": n}))
+        client.push(bytes([n]))
+        client.push(Event("executed", {"n": n}))
+
+    async def write() -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(client.write_out(), 0.5)
+        client.push(b"again")  # there is room again
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(client.write_out(), 0.5)
+
+    asyncio.run(write())
+    assert wire.sent.pop() == b"again"
+    texts = [one for one in wire.sent if isinstance(one, dict)]
+    assert [one["data"]["n"] for one in texts if one["type"] == "executed"] == list(range(200))
+    states = [one["data"]["n"] for one in texts if one["type"] == "progress_state"]
+    assert states == list(range(200 - MAX_UNSENT_STATES, 200))
+    assert [one for one in wire.sent if isinstance(one, bytes)] == [bytes([n]) for n in range(MAX_UNSENT_PREVIEWS)]
+    numbers = [one["data"]["n"] for one in texts]
+    assert numbers == sorted(numbers)

@@ -3,6 +3,7 @@ or enters it unasked, and the server renders afterwards as it did before."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import io
 import json
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vidgen
+from vidgen.headless.cli import main
 from vidgen.headless.render import shipped
 from vidgen.headless.server.app import MAX_DEPTH, MAX_NODES
 
@@ -740,6 +742,125 @@ def test_pages_are_sent_as_files(server: Running) -> None:
         assert answer.headers["content-disposition"].startswith("attachment")
         assert "sandbox" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+# --- who may ask, and how much ----------------------------------------------------------------------------------------
+
+
+def test_listening_for_others_needs_a_token(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for address in ("0.0.0.0", "::", "192.0.2.7"):
+        assert main(["serve", "--listen", address, "--port", "0", "--folder", str(tmp_path), "--api-only"]) == 1
+        said = capsys.readouterr().err
+        assert "--token" in said or "cannot listen" in said  # not every machine has every address
+
+
+CREDENTIALS: list[tuple[str, dict[str, str]]] = [
+    ("", {}),
+    ("?token=", {}),
+    ("?token=wrong", {}),
+    ("?token=sesam", {}),
+    ("?token=sesame2", {}),
+    ("?token=%FF%FE", {}),
+    ("?token=%00", {}),
+    ("", {"Authorization": "Bearer"}),
+    ("", {"Authorization": "Bearer wrong"}),
+    ("", {"Authorization": "Basic sesame"}),
+    ("", {"Authorization": "Bearer \xff\xfe"}),
+    ("", {"Cookie": "vidgen_token=wrong"}),
+    ("", {"Cookie": "vidgen_token=\xff"}),
+    ("", {"X-Forwarded-For": "127.0.0.1"}),
+]
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("guarded"), listen="0.0.0.0", token="sesame") as asked:
+        yield asked
+
+
+@pytest.mark.parametrize(("query", "headers"), CREDENTIALS)
+def test_without_the_token_there_is_nothing(guarded: Running, query: str, headers: dict[str, str]) -> None:
+    for method, path in (
+        ("GET", "/"),
+        ("GET", "/view"),
+        ("GET", "/ws"),
+        ("POST", "/prompt"),
+        ("POST", "/upload/image"),
+    ):
+        answer = guarded.ask(method, path + query, None, headers)
+        assert (answer.status, answer.kind) == (401, "unauthorized")
+        assert "set-cookie" not in answer.headers
+
+
+def test_with_the_token_there_is_all(guarded: Running) -> None:
+    assert guarded.get("/users", Authorization="Bearer sesame").status == 200
+    first = guarded.get("/users?token=sesame")
+    assert first.status == 200
+    cookie = first.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert guarded.get("/users", Cookie=cookie.partition(";")[0]).status == 200
+    # The token does not let another site's page in.
+    assert guarded.get("/users?token=sesame", Origin="https://evil.example").status == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "localhost:1234"}, 200),
+        ({"Host": "[::1]:1234"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "localhost@evil.example"}, 403),
+        ({"Host": "0.0.0.0"}, 403),
+        ({"Host": "["}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Origin": "http://localhost:81"}, 403),
+        ({"Host": "localhost", "Origin": "http://evil.example"}, 403),
+        ({"Host": "localhost", "Origin": "null"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost.evil.example"}, 403),
+    ],
+)
+def test_the_names_under_which_a_page_may_ask(server: Running, headers: dict[str, str], status: int) -> None:
+    assert server.get("/users", **headers).status == status
+    # A WebSocket is a GET that only its Origin guards.
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    if status != 200:
+        assert server.get("/ws", **headers, **upgrade, **{"Sec-WebSocket-Key": "x"}).status == status
+
+
+def test_a_queue_that_is_full(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = {"prompt": {"1": ADD}}
+    with monkeypatch.context() as patch:
+        patch.setattr("vidgen.headless.server.app.MAX_WAITING", 0)
+        refused(server.post("/prompt", prompt), status=429, kind="queue_full")
+    with monkeypatch.context() as patch:
+        patch.setattr("vidgen.headless.server.app.MAX_WAITING_BYTES", 10)
+        refused(server.post("/prompt", prompt), status=429, kind="queue_full")
+    with monkeypatch.context() as patch:
+        patch.setattr("vidgen.headless.server.app.MAX_CLIENTS", 0)
+        refused(server.get("/ws"), status=429, kind="too_many_clients")
+    assert server.run(prompt["prompt"])["status"]["completed"]
+
+
+def test_the_history_is_bounded_in_bytes(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand requests of 16 MB would be too much to remember."""
+    server.post("/history", {"clear": True})
+    monkeypatch.setattr("vidgen.headless.server.jobs.MAX_HISTORY_BYTES", 5000)
+    for key in range(5):
+        server.run({"1": node("Add", a=key, b=0)}, extra_data={"padding": "x" * 2000})
+    assert len(server.get("/history").json()) == 2
+
+
+def test_an_id_that_is_given_twice_at_once(server: Running) -> None:
+    """Between the question whether it is free and taking it lies the check of the graph."""
+    job_id = "0b5b8a1e-6f0f-4c1c-9a55-0a5f6f5d8f12"
+    body = {"prompt": {"1": ADD}, "prompt_id": job_id}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: server.post("/prompt", body).status, range(16)))
+    assert sorted(answers) == [200] + [409] * 15
 
 
 def test_there_are_hundreds() -> None:
