@@ -20,8 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..headless.render import WORKFLOWS, load_prompt, render
-from ..headless.stop import Stop
+from ..headless.render import WORKFLOWS, render_workflow, shipped
 from ..vidgen_core.errors import UserError
 from .full_size import commit
 from .render import machine
@@ -61,14 +60,15 @@ def hashes(path: Path, changes: Changes, models: Sequence[Path]) -> dict[str, st
     Raises:
         UserError: it cannot run here, as where its models are missing.
     """
-    from .. import NODE_CLASS_MAPPINGS
-
-    prompt = load_prompt(path, NODE_CLASS_MAPPINGS)
-    for node in prompt.values():
-        node["inputs"] |= changes.get(node["class_type"], {})
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        render(prompt, NODE_CLASS_MAPPINGS, output=folder, stop=Stop(), folders=models, quiet=True)
+    # The ids of the nodes are the same in both formats.
+    values = {
+        f"{node_id}.{name}": value
+        for node_id, node in shipped(path.stem).items()
+        for name, value in changes.get(node["class_type"], {}).items()
+    }
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        render_workflow(path, output=folder, models=models, values=values)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return {file.relative_to(folder).as_posix(): content_hash(file) for file in files}
 
@@ -81,7 +81,7 @@ def compare(name: str, changes: Changes, models: Sequence[Path] = ()) -> dict[st
             hashes(path, changes, models) for path in (WORKFLOWS / f"{name}.json", WORKFLOWS / "api" / f"{name}.json")
         )
     except UserError as error:
-        return {"same": None, "why": str(error).splitlines()[0]}
+        return {"same": None, "why": " ".join(str(error).split())[:200]}
     seconds = round(time.perf_counter() - started, 1)
     return {"same": bool(ui) and ui == api, "seconds": seconds, "files": ui, "twin": {} if ui == api else api}
 
