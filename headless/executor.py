@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,9 @@ from ..vidgen_core.errors import Cancelled, UserError
 
 Prompt: TypeAlias = Mapping[str, Mapping[str, Any]]
 Classes: TypeAlias = Mapping[str, type]
+
+MAX_PROBLEMS = 100
+"""nodes whose problems are listed; a reader needs no more, and an answer must not be larger than what it answers"""
 
 
 class Link(NamedTuple):
@@ -207,6 +211,8 @@ class Checked:
     problems: dict[str, list[Problem]]
     dependents: dict[str, list[str]]
     """node with a problem -> the output nodes that need it"""
+    num_more: int = 0
+    """nodes with a problem that are not listed, because there are too many"""
 
 
 def check(prompt: Prompt, classes: Classes) -> list[str]:
@@ -224,6 +230,7 @@ def check(prompt: Prompt, classes: Classes) -> list[str]:
 def failed(prompt: Prompt, checked: Checked) -> PromptError:
     """The error for a prompt of which nothing should run."""
     kind, what = "prompt_outputs_failed_validation", "The workflow cannot run"
+    what += f"; {checked.num_more} more nodes are wrong than are listed" if checked.num_more else ""
     return PromptError(prompt, checked.problems, kind=kind, what=what, dependents=checked.dependents)
 
 
@@ -243,20 +250,41 @@ def examine(prompt: Prompt, classes: Classes, targets: Collection[str] | None = 
         raise PromptError(prompt, unknown, kind="invalid_prompt", what="The workflow has nodes that are not known here")
     outputs = [n for n, node in prompt.items() if getattr(classes[node["class_type"]], "OUTPUT_NODE", False)]
     if targets is not None:
-        outputs = [node_id for node_id in outputs if node_id in targets]
+        wanted = frozenset(targets)
+        outputs = [node_id for node_id in outputs if node_id in wanted]
     if not outputs:
         what = "The workflow has no output node, such as Save Video"
         raise PromptError(prompt, {}, kind="prompt_no_outputs", what=what)
+    needed = order(prompt, outputs)
+    declared = {kind: _declared(classes[kind]) for kind in {prompt[node_id]["class_type"] for node_id in needed}}
     problems = {}
-    for node_id in order(prompt, outputs):
-        found = list(_node_problems(prompt, classes, node_id))
+    for node_id in needed:
+        found = list(_node_problems(prompt, classes, node_id, declared[prompt[node_id]["class_type"]]))
         if found:
             problems[node_id] = found
     if not problems:
         return Checked(outputs, {}, {})
-    needs = {output: set(order(prompt, [output])) for output in outputs}
-    dependents = {node_id: [output for output in outputs if node_id in needs[output]] for node_id in problems}
-    return Checked([output for output in outputs if not needs[output] & problems.keys()], problems, dependents)
+    readers = _readers(prompt, outputs, needed)
+    spoiled = 0
+    for node_id in problems:
+        spoiled |= readers[node_id]
+    listed = dict(itertools.islice(problems.items(), MAX_PROBLEMS))
+    dependents = {node_id: _named(outputs, readers[node_id]) for node_id in listed}
+    return Checked(_named(outputs, ~spoiled), listed, dependents, len(problems) - len(listed))
+
+
+def _readers(prompt: Prompt, outputs: list[str], needed: list[str]) -> dict[str, int]:
+    """Which output nodes need each node, as bits in the order of ``outputs``: thousands of each are no work so."""
+    readers = dict.fromkeys(needed, 0) | {output: 1 << place for place, output in enumerate(outputs)}
+    for node_id in reversed(needed):
+        for source in _sources(prompt, node_id):
+            if source in readers:
+                readers[source] |= readers[node_id]
+    return readers
+
+
+def _named(outputs: list[str], bits: int) -> list[str]:
+    return [output for place, output in enumerate(outputs) if bits >> place & 1]
 
 
 def order(prompt: Prompt, outputs: list[str]) -> list[str]:
@@ -285,14 +313,37 @@ def _sources(prompt: Prompt, node_id: str) -> Iterator[str]:
             yield link.node_id
 
 
-def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[Problem]:
-    node = prompt[node_id]
-    cls = classes[node["class_type"]]
-    inputs = node.get("inputs", {})
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """What a class asks for, read once for all its nodes: a loader reads its folders for its lists."""
+
+    specs: list[tuple[str, Any, Mapping[str, Any], bool]]
+    validate: Callable[..., Any] | None
+    own_checks: Mapping[str, inspect.Parameter]
+    broken: Problem | None = None
+
+
+def _declared(cls: type) -> _Declared:
     validate = getattr(cls, "VALIDATE_INPUTS", None)
-    own_checks = inspect.signature(validate).parameters if validate else {}
+    try:
+        own_checks = inspect.signature(validate).parameters if validate else {}
+        return _Declared(list(input_specs(cls)), validate, own_checks)
+    except Exception as error:  # a class of strangers must not take the others with it
+        return _Declared([], None, {}, _raised("the node cannot say what it needs", error))
+
+
+def _raised(what: str, error: Exception) -> Problem:
+    return Problem(kind="exception_during_validation", message=what, details=f"{type(error).__name__}: {error}")
+
+
+def _node_problems(prompt: Prompt, classes: Classes, node_id: str, declared: _Declared) -> Iterator[Problem]:
+    if declared.broken is not None:
+        yield declared.broken
+        return
+    inputs = prompt[node_id].get("inputs", {})
+    validate, own_checks = declared.validate, declared.own_checks
     plain: dict[str, Any] = {}
-    for name, kind, options, required in input_specs(cls):
+    for name, kind, options, required in declared.specs:
         if name not in inputs:
             if required:
                 missing = Problem(kind="required_input_missing", message="the input is missing", input_name=name)
@@ -317,8 +368,8 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str) -> Iterator[P
     ):
         try:
             verdict = validate(**{name: value for name, value in plain.items() if name in own_checks})
-        except Exception as error:  # whatever a class raises is a finding about its node
-            yield Problem(kind="exception_during_validation", message=str(error), details=type(error).__name__)
+        except Exception as error:  # as above
+            yield _raised("the node cannot check its inputs", error)
             return
         if verdict is not True:
             yield Problem(kind="custom_validation_failed", message=str(verdict))

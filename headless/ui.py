@@ -7,6 +7,7 @@ The format: https://docs.comfy.org/specs/workflow_json
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ INPUT_NODE, OUTPUT_NODE = -10, -20
 
 MAX_DEPTH = 32
 """of subgraphs in subgraphs"""
+MAX_NODES = 20_000
+"""with those in subgraphs, which a small file can multiply without end"""
 MAX_WIRES = 250
 """that make one: a chain of reroutes that bites its own tail has no beginning"""
 
@@ -79,7 +82,7 @@ def to_prompt(workflow: Mapping[str, Any], classes: Classes) -> dict[str, dict[s
     """
     try:
         definitions = {d["id"]: d for d in (workflow.get("definitions") or {}).get("subgraphs") or []}
-        root = _read(workflow, definitions, prefix="")
+        root = _read(workflow, definitions, itertools.count(), prefix="")
         return _prompt(root, classes)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         what = f"The workflow is damaged: {type(error).__name__} at {error}"
@@ -92,6 +95,7 @@ def to_prompt(workflow: Mapping[str, Any], classes: Classes) -> dict[str, dict[s
 def _read(
     graph: Mapping[str, Any],
     definitions: Mapping[str, Mapping[str, Any]],
+    counted: Iterator[int],
     *,
     prefix: str,
     outer: _Graph | None = None,
@@ -110,11 +114,14 @@ def _read(
         muted=node is not None and ((outer is not None and outer.muted) or node.get("mode") == MUTED),
     )
     for name, inner in read.nodes.items():
+        if next(counted) >= MAX_NODES:
+            raise PromptError({}, {}, kind="invalid_prompt", what=f"The workflow has more than {MAX_NODES} nodes")
         # A bypassed subgraph is bypassed as a node: nothing inside it runs.
         if inner["type"] in definitions and inner.get("mode") != BYPASSED:
             read.inner[name] = _read(
                 definitions[inner["type"]],
                 definitions,
+                counted,
                 prefix=f"{prefix}{name}:",
                 outer=read,
                 node=inner,

@@ -12,7 +12,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,11 +183,9 @@ def subfolders(folder: Path) -> list[Path]:
 def find_bundled(kind: str, name: str) -> Path | None:
     model, _, file = name.replace("\\", "/").partition("/")
     root = bundled_models().get(model)
-    # Only a plain file name: a workflow from elsewhere must not reach out of the folder.
-    if root is None or not file or file != Path(file).name:
+    if root is None:
         return None
-    path = bundled_folder(kind, root) / file
-    return path if path.is_file() else None
+    return _file_in(bundled_folder(kind, root), file)
 
 
 def example_names(endings: Collection[str]) -> list[str]:
@@ -195,8 +193,12 @@ def example_names(endings: Collection[str]) -> list[str]:
 
 
 def find_example(name: str) -> Path | None:
-    # Only a plain file name, as for bundled models.
-    return EXAMPLES / name if name == Path(name).name and (EXAMPLES / name).is_file() else None
+    return _file_in(EXAMPLES, name)
+
+
+def _file_in(folder: Path, name: str) -> Path | None:
+    """By its listed name: no name from elsewhere leads out of the folder, or is too much for the file system."""
+    return next((path for path in folder.glob("*") if path.name == name and path.is_file()), None)
 
 
 def known_folder(host: NodeHost, name: str) -> Path:
@@ -214,8 +216,10 @@ def known_subfolder(roots: Sequence[Path], name: str) -> Path:
     parts = Path(name.replace("\\", "/")).parts
     if parts and ".." not in parts and not Path(name).is_absolute():
         for root in roots:
-            if (root / name).is_dir():
-                return root / name
+            # A name too long for the file system names no folder either.
+            with suppress(OSError):
+                if (root / name).is_dir():
+                    return root / name
     places = " or ".join(str(root) for root in roots) or "the folder of text encoders"
     raise FileError(
         "There is no such folder of tokenizers",

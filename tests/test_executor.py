@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from vidgen.headless.executor import (
+    MAX_PROBLEMS,
     Cache,
     Event,
     NodeError,
@@ -504,3 +505,68 @@ def test_targets_leave_other_outputs_out() -> None:
     assert examine(prompt, CLASSES, {"s"}).outputs == ["s"]
     with pytest.raises(PromptError, match="no output node"):
         examine(prompt, CLASSES, {"8"})
+
+
+# --- graphs and classes of strangers ----------------------------------------------------------------------------------
+
+
+class Counts:
+    """Counts how often it is asked for its inputs."""
+
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = ("INT",), "run", True
+    asked = 0
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        cls.asked += 1
+        return {"required": {"a": ("INT", {"min": 0})}}
+
+
+def test_a_class_is_asked_once_for_all_its_nodes() -> None:
+    """A loader reads its folders each time."""
+    Counts.asked = 0
+    examine({str(n): {"class_type": "Counts", "inputs": {"a": n}} for n in range(100)}, {"Counts": Counts})
+    assert Counts.asked == 1
+
+
+def test_who_needs_what_is_wrong() -> None:
+    """A wrong node is told with the outputs that need it, and the others run."""
+    inputs = {"1": {"a": -1}, "2": {"a": ["1", 0]}, "3": {"a": ["2", 0]}, "4": {"a": 1}, "5": {"a": -1}}
+    prompt = {node_id: {"class_type": "Counts", "inputs": given} for node_id, given in inputs.items()}
+    checked = examine(prompt, {"Counts": Counts})
+    assert checked.outputs == ["4"]
+    assert checked.dependents == {"1": ["1", "2", "3"], "5": ["5"]}
+    assert checked.num_more == 0
+
+
+def test_only_so_many_problems_are_listed() -> None:
+    prompt = {str(n): {"class_type": "Counts", "inputs": {"a": -1}} for n in range(MAX_PROBLEMS + 7)}
+    checked = examine(prompt, {"Counts": Counts})
+    assert checked.outputs == []
+    assert len(checked.problems) == MAX_PROBLEMS
+    assert "7 more nodes" in str(failed(prompt, checked))
+
+
+class Raises:
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = ("INT",), "run", True
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"a": ("INT", {})}})
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, a: int) -> bool:
+        raise OSError(36, "File name too long")
+
+
+class Nameless:
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = ("INT",), "run", True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        raise RuntimeError("no list today")
+
+
+@pytest.mark.parametrize("cls", [Raises, Nameless])
+def test_a_check_that_raises_is_a_problem_of_its_node(cls: type) -> None:
+    checked = examine({"1": {"class_type": "It", "inputs": {"a": 1}}}, {"It": cls})
+    (problem,) = checked.problems["1"]
+    assert problem.kind == "exception_during_validation"
+    assert "Error: " in problem.details

@@ -142,13 +142,13 @@ def test_waiting_for_a_disk_can_be_stopped() -> None:
 
 def test_the_last_frames_of_a_file_can_be_stopped(tmp_path: Path) -> None:
     """ffmpeg works on for a while after it has been given everything."""
-    from vidgen.vidgen_core.media import _ended
+    from vidgen.vidgen_core.media.program import ended
 
     host = LocalHost()
     host.cancel()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         with listening(host), pytest.raises(Cancelled):
-            _ended(process)
+            ended(process)
         process.kill()
 
 

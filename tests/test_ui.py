@@ -13,7 +13,7 @@ import vidgen
 from vidgen.headless.executor import PromptError, execute
 from vidgen.headless.graph import to_ui
 from vidgen.headless.render import load_prompt, shipped
-from vidgen.headless.ui import MAX_DEPTH, is_ui, to_prompt
+from vidgen.headless.ui import MAX_DEPTH, MAX_NODES, is_ui, to_prompt
 
 WORKFLOWS = Path(vidgen.__file__).resolve().parent / "workflows"
 
@@ -214,3 +214,14 @@ def test_a_saved_workflow_is_read_from_a_file(tmp_path: Path) -> None:
     flow = workflow([node(1, "Number", [4]), node(2, "Show", a=1)], [[1, 1, 0, 2, 0]])
     (tmp_path / "flow.json").write_text(json.dumps(flow))
     assert load_prompt(tmp_path / "flow.json", CLASSES)["2"]["inputs"] == {"a": ["1", 0]}
+
+
+def test_subgraphs_that_multiply_are_refused() -> None:
+    """Ten in ten in ten: a small file, and more nodes than any memory holds."""
+    levels = [
+        {"id": f"L{level}", "nodes": [{"id": n, "type": f"L{level + 1}", "mode": 0} for n in range(10)], "links": []}
+        for level in range(12)
+    ]
+    flow = {"nodes": [{"id": 1, "type": "L0", "mode": 0}], "links": [], "definitions": {"subgraphs": levels}}
+    with pytest.raises(PromptError, match=f"more than {MAX_NODES} nodes"):
+        to_prompt(flow, CLASSES)

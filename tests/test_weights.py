@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,3 +302,25 @@ def test_a_wrong_set_of_weights_is_named(
 def test_every_user_error_says_what_was_given() -> None:
     error = UserError("It broke", given=3, expected="4", do="use 4")
     assert str(error) == "It broke. Given: 3. Expected: 4. What to do: use 4."
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_torch_file_that_would_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_packed: bool
+) -> None:
+    """torch.save packs nothing, and its entries are in the file whole; anything else is refused before it is read."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if is_packed else zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    if not is_packed:  # the first entry of the directory says that it is larger
+        content = bytearray(path.read_bytes())
+        at = content.index(b"PK\x01\x02") + 20
+        content[at : at + 8] = struct.pack("<II", 2**31, 2**31)
+        path.write_bytes(content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(CheckpointError, match="zip archive"):
+        read_header(path)

@@ -14,48 +14,58 @@ import io
 import json
 import logging
 import mimetypes
-import os
 import platform
 import re
 import secrets
 import shutil
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from aiohttp import BodyPartReader, WSMsgType, web
+from aiohttp import WSMsgType, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ...nodes import host as hosts
 from ...vidgen_core.errors import FileError, MissingLibraryError, UserError
+from ...vidgen_core.media import open_image
+from ...vidgen_core.memory.host import FOLDERS, folders_of
+from ...vidgen_core.weights.header import read_header
 from ..custom_nodes import Packs
 from ..executor import Checked, Classes, PromptError, examine, failed, node_errors
 from ..plan import answer
-from . import messages
+from . import messages, uploads
 from .catalog import object_info
+from .clients import Client, Event
 from .host import ServerHost
 from .jobs import Job, Jobs, now_ms
 from .places import KINDS, Places, without_mark
+from .refusals import Refused as _Refused
+from .refusals import refused as _refused
 
 log = logging.getLogger("vidgen")
 
 PACK = "comfyui-vidgen"
 ROOT = Path(__file__).resolve().parents[2]
+BUNDLED = ROOT / "models"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-MAX_UPLOAD_BYTES = messages.FEATURES["max_upload_size"]
 MAX_JSON_BYTES = 16 * 2**20
 MAX_NODES = 5000
 MAX_DEPTH = 100
 """of lists and tables in each other"""
+_LARGE_JSON_CHARS = 2**18
+"""so much is read beside the event loop"""
 MAX_WAITING = 10_000
-MAX_UNSENT = 2000
-"""messages to a client that does not read; then it is let go"""
-MAX_UNSENT_PREVIEWS = 4
+MAX_WAITING_BYTES = 256 * 2**20
+"""of the requests that wait"""
+MAX_CLIENTS = 500
 
+_FOR_ALL = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin", "X-Frame-Options": "SAMEORIGIN"}
+"""headers: no guessing of types, no token in other sites' logs, no page of another site around ours"""
 _HARMLESS = frozenset({"image", "video", "audio"})
 _ACTIVE = frozenset({"image/svg+xml"})
 _COOKIE = "vidgen_token"
@@ -89,33 +99,6 @@ class ServerSettings:
         return self.listen in LOOPBACK
 
 
-@dataclass(eq=False, slots=True)
-class _Client:
-    """A browser that listens."""
-
-    socket: web.WebSocketResponse
-    unsent: collections.deque[str | bytes] = field(default_factory=collections.deque)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def push(self, message: str | bytes) -> None:
-        if isinstance(message, bytes) and sum(isinstance(one, bytes) for one in self.unsent) >= MAX_UNSENT_PREVIEWS:
-            return  # previews of a slow connection are the first to go
-        self.unsent.append(message)
-        self.wake.set()
-
-
-class _Refused(Exception):
-    """A request that gets an answer other than 200; ``body`` is JSON."""
-
-    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
-        self.status, self.body = status, body
-        super().__init__(status)
-
-
-def _refused(status: int, what: str, kind: str = "bad_request") -> _Refused:
-    return _Refused(status, {"error": {"type": kind, "message": what, "details": "", "extra_info": {}}})
-
-
 class Server:
     """The application around a queue of jobs.
 
@@ -133,9 +116,9 @@ class Server:
         self.modules: Mapping[str, str] = packs.modules
         self.places = Places(settings.folder)
         self.page = frontend_folder() if settings.has_page else None
-        self.clients: dict[str, _Client] = {}
+        self.clients: dict[str, Client] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.log_lines = _LogLines()
+        self.log_lines = _LogLines(self._say_log)
         self.jobs = Jobs(self.classes, self.new_host, self.say)
 
     def new_host(self) -> ServerHost:
@@ -149,14 +132,25 @@ class Server:
     # --- telling clients; from any thread ---
 
     def say(self, event: str | bytes, data: Mapping[str, Any] | None = None, *, to: str | None = None) -> None:
-        message = event if isinstance(event, bytes) else messages.text(event, data or {})
+        message = event if isinstance(event, bytes) else Event(event, data or {})
+        self._from_any_thread(self._push, message, to)
+
+    def _from_any_thread(self, tell: Callable[..., None], *what: Any) -> None:
         loop = self.loop
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._push, message, to)
+            loop.call_soon_threadsafe(tell, *what)
 
-    def _push(self, message: str | bytes, to: str | None) -> None:
+    def _push(self, message: Event | bytes, to: str | None) -> None:
         for client_id, client in self.clients.items():
             if to is None or to == client_id:
+                client.push(message)
+
+    def _say_log(self, entry: Mapping[str, str]) -> None:
+        self._from_any_thread(self._push_log, Event("logs", {"entries": [entry]}))
+
+    def _push_log(self, message: Event) -> None:
+        for client in self.clients.values():
+            if client.wants_logs:
                 client.push(message)
 
     # --- the application ---
@@ -181,11 +175,14 @@ class Server:
             ("GET", "/object_info", self.get_object_info),
             ("GET", "/object_info/{name}", self.get_object_info),
             ("GET", "/global_subgraphs", self.get_nothing),
+            ("GET", "/global_subgraphs/{id}", self.get_unknown),
             ("GET", "/node_replacements", self.get_nothing),
             ("GET", "/embeddings", self.get_empty_list),
             ("GET", "/models", self.get_model_folders),
-            ("GET", "/experiment/models", self.get_empty_list),
-            ("GET", "/experiment/models/{folder}", self.get_empty_list),
+            ("GET", "/models/{folder}", self.get_models),
+            ("GET", "/experiment/models", self.get_model_places),
+            ("GET", "/experiment/models/{folder}", self.get_placed_models),
+            ("GET", "/view_metadata/{folder}", self.get_model_metadata),
             ("GET", "/prompt", self.get_prompt),
             ("POST", "/prompt", self.post_prompt),
             ("POST", "/vidgen/plan", self.post_plan),
@@ -207,14 +204,15 @@ class Server:
             ("GET", "/workflow_templates/{pack}/{name}", self.get_template),
         ]
         for method, path, handler in table:
-            app.router.add_route(method, "/api" + path, handler)
-            app.router.add_route(method, path, handler)
+            for whole in ("/api" + path, path):
+                # A GET route answers HEAD, too, which is how programs ask for a file's size.
+                app.router.add_get(whole, handler) if method == "GET" else app.router.add_route(method, whole, handler)
         app.router.add_get("/ws", self.websocket)
         app.router.add_get("/api/ws", self.websocket)
-        app.router.add_get("/internal/logs", self.get_logs)
+        app.router.add_get("/internal/logs", self.get_log_text)
         app.router.add_get("/internal/logs/raw", self.get_logs)
-        app.router.add_patch("/internal/logs/subscribe", self.get_nothing)
-        app.router.add_get("/internal/folder_paths", self.get_nothing)
+        app.router.add_patch("/internal/logs/subscribe", self.subscribe_to_logs)
+        app.router.add_get("/internal/folder_paths", self.get_folder_paths)
         app.router.add_get("/internal/files/{kind}", self.get_files)
         for path in ("/user.css", "/api/userdata/user.css"):
             app.router.add_get(path, self.get_user_css)
@@ -254,6 +252,8 @@ class Server:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             new_token = self._check_caller(request)
+            if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+                raise _refused(415, "send the request as it is, not packed", "packed")
             response = await handler(request)
         except _Refused as refused:
             return web.json_response(messages.finite(refused.body), status=refused.status)
@@ -261,6 +261,13 @@ class Server:
             return web.json_response(_refused(404, str(error), "file").body, status=404)
         except UserError as error:
             return web.json_response(_refused(400, str(error)).body, status=400)
+        except (HttpProcessingError, web.RequestPayloadError):
+            return web.json_response(_refused(400, "the body of the request is damaged").body, status=400)
+        if not response.prepared:
+            for name, value in _FOR_ALL.items():
+                response.headers.setdefault(name, value)
+            if request.path.startswith("/extensions/"):
+                response.headers["Cache-Control"] = "no-cache"
         if new_token:
             response.set_cookie(_COOKIE, new_token, httponly=True, samesite="Strict")
         return response
@@ -283,7 +290,7 @@ class Server:
         in_address = request.query.get("token")
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
         for given in (in_address, bearer, request.cookies.get(_COOKIE)):
-            if given and hmac.compare_digest(given.encode(), token.encode()):
+            if given and hmac.compare_digest(*(text.encode("utf-8", "surrogatepass") for text in (given, token))):
                 return given if given == in_address else None
         raise _refused(401, "the token is missing or wrong: open the address that the server printed", "unauthorized")
 
@@ -304,10 +311,48 @@ class Server:
     async def get_user_css(self, request: web.Request) -> web.Response:
         return web.Response(text="", content_type="text/css")
 
-    async def get_model_folders(self, request: web.Request) -> web.Response:
-        from ...vidgen_core.memory.host import FOLDERS
+    async def get_unknown(self, request: web.Request) -> web.Response:
+        raise _refused(404, "there is no such thing", "not_found")
 
+    # --- models ---
+
+    async def get_model_folders(self, request: web.Request) -> web.Response:
         return web.json_response(sorted(FOLDERS.values()))
+
+    async def get_models(self, request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(self.new_host().names, _kind_of(request)))
+
+    async def get_model_places(self, request: web.Request) -> web.Response:
+        places = self._model_places()
+        return web.json_response([{"name": name, "folders": folders} for name, folders in places.items()])
+
+    async def get_placed_models(self, request: web.Request) -> web.Response:
+        kind, host = _kind_of(request), self.new_host()
+        folders = self._model_places()[FOLDERS[kind]]
+
+        def placed() -> list[dict[str, Any]]:
+            return [{"name": name, "pathIndex": _place_of(host.find(kind, name), folders)} for name in host.names(kind)]
+
+        return web.json_response(await asyncio.to_thread(placed))
+
+    async def get_folder_paths(self, request: web.Request) -> web.Response:
+        return web.json_response(self._model_places())
+
+    def _model_places(self) -> dict[str, list[str]]:
+        """ComfyUI's name of each folder of models -> where it is: in the box first, then where the user said."""
+        roots = [Path(root) for root in self.settings.models]
+        return {
+            name: [str(BUNDLED), *(str(root / folder) for root in roots for folder in folders_of(kind))]
+            for kind, name in FOLDERS.items()
+        }
+
+    async def get_model_metadata(self, request: web.Request) -> web.Response:
+        host, name = self.new_host(), request.query.get("filename", "")
+
+        def read() -> Mapping[str, str]:
+            return read_header(host.find(_kind_of(request), name)).metadata
+
+        return web.json_response(dict(await asyncio.to_thread(read)))
 
     async def get_system_stats(self, request: web.Request) -> web.Response:
         return web.json_response(await asyncio.to_thread(system_stats, self.new_host()))
@@ -342,6 +387,17 @@ class Server:
     async def get_logs(self, request: web.Request) -> web.Response:
         return web.json_response({"size": {"cols": 120, "rows": 40}, "entries": list(self.log_lines.entries)})
 
+    async def get_log_text(self, request: web.Request) -> web.Response:
+        return web.json_response("".join(f"{entry['t']} - {entry['m']}" for entry in list(self.log_lines.entries)))
+
+    async def subscribe_to_logs(self, request: web.Request) -> web.Response:
+        body = await self._json(request)
+        client_id = body.get("clientId")
+        client = self.clients.get(client_id) if isinstance(client_id, str) else None
+        if client is not None:
+            client.wants_logs = body.get("enabled") is True
+        return web.json_response({})
+
     async def get_files(self, request: web.Request) -> web.Response:
         kind = request.match_info["kind"]
         if kind not in KINDS:
@@ -370,6 +426,11 @@ class Server:
         client_id = body.get("client_id")
         if not isinstance(extra, Mapping) or not isinstance(client_id, str | None):
             raise _refused(400, "extra_data is a table and client_id a text")
+        if not isinstance(extra.get("extra_pnginfo"), Mapping | None):
+            raise _refused(400, "extra_pnginfo is a table")
+        num_bytes = len(await request.read())
+        if self.jobs.num_waiting_bytes() + num_bytes > MAX_WAITING_BYTES:
+            raise _refused(429, f"prompts of {MAX_WAITING_BYTES // 2**20} MB are waiting already", "queue_full")
         job_id = self._new_id(body.get("prompt_id"))
         number = self._number(body)
         try:
@@ -378,9 +439,17 @@ class Server:
             raise _Refused(400, error.to_json()) from error
         errors = node_errors(prompt, checked.problems, checked.dependents)
         extra = {**extra, "create_time": now_ms()} | ({} if client_id is None else {"client_id": client_id})
-        self.jobs.put(
-            Job(id=job_id, number=number, prompt=prompt, outputs=checked.outputs, extra_data=extra, client_id=client_id)
+        job = Job(
+            id=job_id,
+            number=number,
+            prompt=prompt,
+            outputs=checked.outputs,
+            extra_data=extra,
+            client_id=client_id,
+            num_bytes=num_bytes,
         )
+        if not self.jobs.put(job):
+            raise _known_id()
         return web.json_response({"prompt_id": job_id, "number": number, "node_errors": messages.finite(errors)})
 
     async def post_plan(self, request: web.Request) -> web.Response:
@@ -405,7 +474,7 @@ class Server:
         with contextlib.suppress(ValueError):
             if isinstance(given, str) and str(uuid.UUID(given)) == given:
                 if self.jobs.find(given) is not None:
-                    raise _refused(409, "there is a prompt with this prompt_id already", "invalid_prompt_id")
+                    raise _known_id()
                 return given
         raise _refused(400, "prompt_id must be a UUID in small letters with dashes", "invalid_prompt_id")
 
@@ -420,12 +489,13 @@ class Server:
         return -next_number if body.get("front") is True else next_number
 
     async def get_queue(self, request: web.Request) -> web.Response:
-        running = self.jobs.running
-        body = {
-            "queue_running": [] if running is None else [_entry(running)],
-            "queue_pending": [_entry(job) for job in self.jobs.waiting()],
-        }
-        return web.json_response(messages.finite(body))
+        jobs = self.jobs.overview()
+        return await _told(
+            lambda: {
+                "queue_running": [] if jobs.running is None else [_entry(jobs.running)],
+                "queue_pending": [_entry(job) for job in jobs.waiting],
+            }
+        )
 
     async def post_queue(self, request: web.Request) -> web.Response:
         body = await self._json(request)
@@ -436,11 +506,9 @@ class Server:
 
     async def get_history(self, request: web.Request) -> web.Response:
         wanted = request.match_info.get("id")
-        most = _whole(request.query, "max_items", len(self.jobs.done))
-        done = [job for job in self.jobs.done.values() if wanted in (None, job.id)]
-        return web.json_response(
-            messages.finite({job.id: _record(job) for job in done[len(done) - min(most, len(done)) :]})
-        )
+        done = [job for job in self.jobs.overview().done if wanted in (None, job.id)]
+        most = min(_whole(request.query, "max_items", len(done)), len(done))
+        return await _told(lambda: {job.id: _record(job) for job in done[len(done) - most :]})
 
     async def post_history(self, request: web.Request) -> web.Response:
         body = await self._json(request)
@@ -448,22 +516,23 @@ class Server:
         return web.json_response({})
 
     async def get_jobs(self, request: web.Request) -> web.Response:
-        running = self.jobs.running
-        jobs = [*([running] if running else []), *self.jobs.waiting(), *reversed(self.jobs.done.values())]
+        known = self.jobs.overview()
+        jobs = [*([known.running] if known.running else []), *known.waiting, *reversed(known.done)]
         wanted = request.query.get("status")
         if wanted:
             jobs = [job for job in jobs if job.status in wanted.split(",")]
         offset, limit = _whole(request.query, "offset", 0), _whole(request.query, "limit", 200)
         page = {"offset": offset, "limit": limit, "total": len(jobs), "has_more": offset + limit < len(jobs)}
-        body = {"jobs": [_summary(job) for job in jobs[offset : offset + limit]], "pagination": page}
-        return web.json_response(messages.finite(body))
+        return await _told(
+            lambda: {"jobs": [_summary(job) for job in jobs[offset : offset + limit]], "pagination": page}
+        )
 
     async def get_job(self, request: web.Request) -> web.Response:
         job = self.jobs.find(request.match_info["id"])
         if job is None:
             raise _refused(404, "there is no such job", "not_found")
         workflow = {"prompt": job.prompt, "extra_data": job.extra_data}
-        return web.json_response(messages.finite(_summary(job) | {"outputs": job.shown, "workflow": workflow}))
+        return await _told(lambda: _summary(job) | {"outputs": dict(job.shown), "workflow": workflow})
 
     async def cancel_jobs(self, request: web.Request) -> web.Response:
         job_id = request.match_info.get("id")
@@ -489,13 +558,8 @@ class Server:
 
     async def _json(self, request: web.Request, *, may_be_empty: bool = False) -> Mapping[str, Any]:
         """The request's body, a table; anything else is refused."""
-        try:
-            text = await request.text()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise _refused(413, f"the request is larger than {MAX_JSON_BYTES // 2**20} MB", "too_large") from error
-        except (UnicodeDecodeError, LookupError) as error:
-            raise _refused(400, "the request is no UTF-8 text") from error
-        body = {} if may_be_empty and not text.strip() else _parse(text)
+        text = await _text(request)
+        body = {} if may_be_empty and not text.strip() else await _parsed(text)
         if not isinstance(body, Mapping):
             raise _refused(400, "the request is no table in JSON")
         return body
@@ -530,37 +594,8 @@ class Server:
             return example
 
     async def post_upload(self, request: web.Request) -> web.Response:
-        if not request.content_type.startswith("multipart/"):
-            raise _refused(400, "an upload is a form with a file named image")
-        fields: dict[str, str] = {}
-        arrived: Path | None = None
-        name = ""
-        try:
-            try:
-                async for part in await request.multipart():
-                    if not isinstance(part, BodyPartReader):
-                        raise _refused(400, "an upload is a plain form")
-                    if part.name == "image" and part.filename is not None and arrived is None:
-                        name = part.filename
-                        arrived = self.places.folder("temp") / f".upload-{secrets.token_hex(8)}"
-                        await _receive(part, arrived)
-                    elif part.name and len(fields) < 20:
-                        fields[part.name] = (await part.read_chunk(4096)).decode("utf-8", "replace")
-            except (ValueError, AssertionError, RuntimeError) as error:
-                raise _refused(400, "the form cannot be read") from error
-            if arrived is None:
-                raise _refused(400, "an upload is a form with a file named image")
-            kind = fields.get("type") or "input"
-            if kind not in KINDS:
-                raise _refused(400, "the type of an upload is input, output or temp")
-            subfolder = fields.get("subfolder", "")
-            wanted = self.places.place(kind, f"{subfolder}/{name}" if subfolder else name)
-            is_replacing = fields.get("overwrite", "").lower() in ("true", "1")
-            placed = await asyncio.to_thread(_keep, arrived, wanted, is_replacing)
-        finally:
-            if arrived is not None:
-                arrived.unlink(missing_ok=True)
-        return web.json_response({"name": placed.name, "subfolder": subfolder, "type": kind})
+        async with uploads.received(request, self.places) as form:
+            return web.json_response(await uploads.keep(form, self.places))
 
     async def get_templates(self, request: web.Request) -> web.Response:
         return web.json_response({PACK: sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))})
@@ -605,11 +640,7 @@ class Server:
         return web.json_response({})
 
     async def post_setting(self, request: web.Request) -> web.Response:
-        try:
-            value = _parse(await request.text())
-        except (web.HTTPRequestEntityTooLarge, UnicodeDecodeError) as error:
-            raise _refused(400, "a setting is a value in JSON") from error
-        self._keep_settings({request.match_info["name"]: value})
+        self._keep_settings({request.match_info["name"]: await _parsed(await _text(request))})
         return web.json_response({})
 
     async def list_userdata(self, request: web.Request) -> web.Response:
@@ -651,7 +682,8 @@ class Server:
         path = self._user_file(request.match_info["name"])
         if not path.is_file():
             raise _refused(404, "there is no such file", "not_found")
-        path.unlink()
+        with _telling(path):
+            path.unlink()
         return web.Response(status=204)
 
     async def move_userdata(self, request: web.Request) -> web.Response:
@@ -661,7 +693,8 @@ class Server:
         if target.exists() and request.query.get("overwrite", "").lower() != "true":
             raise _refused(409, "there is a file of this name already", "exists")
         _make_parent(target)
-        path.replace(target)
+        with _telling(target):
+            path.replace(target)
         return web.json_response(self._told(target))
 
     def _told(self, path: Path) -> dict[str, Any]:
@@ -670,16 +703,18 @@ class Server:
     # --- the WebSocket ---
 
     async def websocket(self, request: web.Request) -> web.StreamResponse:
+        if len(self.clients) >= MAX_CLIENTS:
+            raise _refused(429, f"{MAX_CLIENTS} clients are listening already", "too_many_clients")
         socket = web.WebSocketResponse(heartbeat=30, max_msg_size=2**20)
         await socket.prepare(request)
         client_id = request.query.get("clientId") or uuid.uuid4().hex
-        before = self.clients.pop(client_id, None)
+        client = Client(socket, request.transport)
+        before, self.clients[client_id] = self.clients.get(client_id), client
+        status = {"exec_info": {"queue_remaining": self.jobs.remaining()}}
+        client.push(Event("status", {"status": status, "sid": client_id}))
+        writer = asyncio.create_task(client.write_out())
         if before is not None:
             await before.socket.close()
-        client = self.clients[client_id] = _Client(socket)
-        status = {"exec_info": {"queue_remaining": self.jobs.remaining()}}
-        client.push(messages.text("status", {"status": status, "sid": client_id}))
-        writer = asyncio.create_task(_write_out(client))
         try:
             async for message in socket:
                 if message.type is WSMsgType.TEXT:
@@ -690,25 +725,11 @@ class Server:
                 del self.clients[client_id]
         return socket
 
-    def _heard(self, client: _Client, text: str) -> None:
+    def _heard(self, client: Client, text: str) -> None:
         with contextlib.suppress(_Refused):  # a client that talks nonsense gets no answer
             said = _parse(text)
             if isinstance(said, Mapping) and said.get("type") == "feature_flags":
-                client.push(messages.text("feature_flags", messages.FEATURES))
-
-
-async def _write_out(client: _Client) -> None:
-    with contextlib.suppress(ConnectionError):
-        while not client.socket.closed:
-            await client.wake.wait()
-            client.wake.clear()
-            if len(client.unsent) > MAX_UNSENT:
-                await client.socket.close(code=1013, message=b"too slow")
-            while client.unsent and not client.socket.closed:
-                message = client.unsent.popleft()
-                await (
-                    client.socket.send_str(message) if isinstance(message, str) else client.socket.send_bytes(message)
-                )
+                client.push(Event("feature_flags", messages.FEATURES))
 
 
 # --- pieces of answers ------------------------------------------------------------------------------------------------
@@ -731,7 +752,7 @@ def _record(job: Job) -> dict[str, Any]:
 def _summary(job: Job) -> dict[str, Any]:
     files = [
         (node_id, kind, item)
-        for node_id, shown in job.shown.items()
+        for node_id, shown in list(job.shown.items())  # a running job goes on meanwhile
         for kind, items in shown.items()
         if isinstance(items, Sequence)
         for item in items
@@ -771,19 +792,66 @@ def _whole(query: Mapping[str, str], name: str, default: int) -> int:
     return min(int(text), 10**9) if text.isascii() and text.isdigit() and len(text) < 12 else default
 
 
+async def _told(body: Callable[[], Any]) -> web.Response:
+    """An answer of any size, made beside the event loop."""
+    text = await asyncio.to_thread(lambda: json.dumps(messages.finite(body())))
+    return web.json_response(text=text)
+
+
+async def _text(request: web.Request) -> str:
+    try:
+        return await request.text()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise _refused(413, f"the request is larger than {MAX_JSON_BYTES // 2**20} MB", "too_large") from error
+    except (UnicodeDecodeError, LookupError) as error:
+        raise _refused(400, "the request is no UTF-8 text") from error
+
+
+async def _parsed(text: str) -> Any:
+    return _parse(text) if len(text) < _LARGE_JSON_CHARS else await asyncio.to_thread(_parse, text)
+
+
 def _parse(text: str) -> Any:
     """JSON that is not nested without end."""
-    depth = most = 0
-    without_texts = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
-    for bracket in re.findall(r"[\[\]{}]", without_texts):
-        depth += 1 if bracket in "[{" else -1
-        most = max(most, depth)
-    if most > MAX_DEPTH:
-        raise _refused(400, f"the request is nested more than {MAX_DEPTH} deep")
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise _too_deep() from error
+    except ValueError as error:
         raise _refused(400, f"the request is no JSON ({error})", "invalid_json") from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for one in level for child in _inner(one)]
+        if not level:
+            return value
+    raise _too_deep()
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    """The lists and tables directly in a list or table."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (one for one in inner if isinstance(one, dict | list))
+
+
+def _too_deep() -> _Refused:
+    return _refused(400, f"the request is nested more than {MAX_DEPTH} deep")
+
+
+def _known_id() -> _Refused:
+    return _refused(409, "there is a prompt with this prompt_id already", "invalid_prompt_id")
+
+
+def _place_of(path: Path, folders: Sequence[str]) -> int:
+    return next((number for number, folder in enumerate(folders) if path.is_relative_to(folder)), 0)
+
+
+def _kind_of(request: web.Request) -> str:
+    """Our word for the folder of models in the address."""
+    folder = request.match_info["folder"]
+    kind = next((kind for kind, name in FOLDERS.items() if name == folder), None)
+    if kind is None:
+        raise _refused(404, "there is no such folder of models", "not_found")
+    return kind
 
 
 def _host_name(netloc: str) -> str:
@@ -799,11 +867,18 @@ def _about(path: Path, folder: Path) -> dict[str, Any]:
     return {"path": path.relative_to(folder).as_posix(), "size": stat.st_size, **times}
 
 
-def _make_parent(path: Path) -> None:
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """What the file system refuses, as an error of ours."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise FileError(f"The folder cannot be made ({error.strerror})", given=path.parent.name) from error
+        raise FileError(f"This cannot be written ({error.strerror})", given=path.name) from error
+
+
+def _make_parent(path: Path) -> None:
+    with _telling(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -811,51 +886,23 @@ def _write(path: Path, content: bytes) -> None:
     _make_parent(path)
     fresh = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        fresh.write_bytes(content)
-        fresh.replace(path)
-    except OSError as error:
-        raise FileError(f"The file cannot be written ({error.strerror})", given=path.name) from error
+        with _telling(path):
+            fresh.write_bytes(content)
+            fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
 
 
-async def _receive(part: BodyPartReader, path: Path) -> None:
-    size = 0
-    with path.open("wb") as file:
-        while chunk := await part.read_chunk(2**18):
-            size += len(chunk)
-            if size > MAX_UPLOAD_BYTES:
-                raise _refused(413, f"the file is larger than {MAX_UPLOAD_BYTES // 2**20} MB", "too_large")
-            file.write(chunk)
-
-
-def _keep(arrived: Path, wanted: Path, is_replacing: bool) -> Path:
-    """Give an upload its name, or ``name (1).png`` where another file has it; the same file is kept once."""
-    _make_parent(wanted)
-    place, number = wanted, 0
-    while not is_replacing and place.exists():
-        if place.is_file() and place.read_bytes() == arrived.read_bytes():
-            return place
-        number += 1
-        place = wanted.with_name(f"{wanted.stem} ({number}){wanted.suffix}")
-    if place.is_dir():
-        raise FileError("There is a folder of this name", given=place.name)
-    os.replace(arrived, place)
-    return place
-
-
 def _small_picture(path: Path, wanted: str) -> tuple[bytes, str] | None:
     """A picture in another format, as the frontend asks with ``webp;90``; None where it cannot be read."""
-    from PIL import Image
-
     kind, _, quality = wanted.partition(";")
     kind = "jpeg" if kind in ("jpg", "jpeg") else "webp"
     number = min(100, max(1, int(quality))) if quality.isascii() and quality.isdigit() and len(quality) < 4 else 90
     out = io.BytesIO()
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture.convert("RGB" if kind == "jpeg" else "RGBA").save(out, kind, quality=number)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except FileError:
         return None
     return out.getvalue(), f"image/{kind}"
 
@@ -875,13 +922,16 @@ def _translations() -> dict[str, Any]:
 class _LogLines(logging.Handler):
     """The last lines of the log, for the frontend's panel."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[Mapping[str, str]], None]) -> None:
         super().__init__(logging.INFO)
+        self._tell = tell
         self.entries: collections.deque[dict[str, str]] = collections.deque(maxlen=500)
 
     def emit(self, record: logging.LogRecord) -> None:
         time_text = logging.Formatter().formatTime(record)
-        self.entries.append({"t": time_text, "m": f"{record.getMessage()}\n"})
+        entry = {"t": time_text, "m": f"{record.getMessage()}\n"}
+        self.entries.append(entry)
+        self._tell(entry)
 
 
 def system_stats(host: ServerHost) -> dict[str, Any]:

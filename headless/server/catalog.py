@@ -20,8 +20,8 @@ def object_info(classes: Classes, titles: Mapping[str, str], modules: Mapping[st
     for name, cls in classes.items():
         try:
             declared[name] = _declaration(name, cls, titles.get(name, name), modules[name])
-        except Exception as error:  # a class of strangers that fails now must not take the others off the page
-            log.warning("The node %s is left out: %s: %s", name, type(error).__name__, error)
+        except Exception:  # a class of strangers: without the others there would be no page at all
+            log.exception("The node %s cannot say what it is, and is left out", name)
     return declared
 
 

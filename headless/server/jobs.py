@@ -14,7 +14,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vidgen")
 
 MAX_HISTORY = 1000
+MAX_HISTORY_BYTES = 128 * 2**20
+"""of the requests that are kept"""
 _PREVIEW_EVERY_S = 0.1
 
 Status = Literal["pending", "in_progress", "completed", "failed", "cancelled"]
@@ -39,6 +41,16 @@ class Say(Protocol):
     """Sends an event, or a binary frame as it is, to one client, or to all."""
 
     def __call__(self, event: str | bytes, data: Mapping[str, Any] | None = None, *, to: str | None = None) -> None: ...
+
+
+class Overview(NamedTuple):
+    """All jobs at one moment."""
+
+    running: Job | None
+    waiting: list[Job]
+    """in the order they will run"""
+    done: list[Job]
+    """the oldest first"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,6 +64,8 @@ class Job:
     """ids of the output nodes to run"""
     extra_data: Mapping[str, Any]
     client_id: str | None = None
+    num_bytes: int = 0
+    """of the request: what waiting and remembering it takes"""
     status: Status = "pending"
     created_ms: int = field(default_factory=lambda: now_ms())
     started_ms: int | None = None
@@ -89,6 +103,7 @@ class Jobs:
         self._numbers = itertools.count(1)
         self.running: Job | None = None
         self.done: OrderedDict[str, Job] = OrderedDict()
+        self._num_done_bytes = 0
         self._changed = threading.Condition()
         self._closing = False
         self.cache = Cache()
@@ -101,20 +116,28 @@ class Jobs:
     def next_number(self) -> int:
         return next(self._numbers)
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Job) -> bool:
+        """Whether it waits now; not if there is a job of its id already."""
         with self._changed:
+            if self.find(job.id) is not None:
+                return False
             heapq.heappush(self._waiting, (job.number, next(self._order), job))
             self._changed.notify()
         self._tell_status()
+        return True
 
-    def waiting(self) -> list[Job]:
-        """In the order they will run."""
+    def overview(self) -> Overview:
         with self._changed:
-            return [job for *_, job in sorted(self._waiting, key=lambda entry: entry[:2])]
+            waiting = [job for *_, job in sorted(self._waiting, key=lambda entry: entry[:2])]
+            return Overview(self.running, waiting, list(self.done.values()))
 
     def remaining(self) -> int:
         with self._changed:
             return len(self._waiting) + (self.running is not None)
+
+    def num_waiting_bytes(self) -> int:
+        with self._changed:
+            return sum(job.num_bytes for *_, job in self._waiting)
 
     def find(self, job_id: str) -> Job | None:
         with self._changed:
@@ -134,7 +157,7 @@ class Jobs:
         """Take jobs out of the queue that have not begun; None takes all."""
         with self._changed:
             gone = [job for *_, job in self._waiting if job_ids is None or job.id in job_ids]
-            self._waiting = [entry for entry in self._waiting if entry[2] not in gone]
+            self._waiting = [entry for entry in self._waiting if job_ids is not None and entry[2].id not in job_ids]
             heapq.heapify(self._waiting)
         for job in gone:
             job.status, job.ended_ms = "cancelled", now_ms()
@@ -144,8 +167,8 @@ class Jobs:
     def forget(self, job_ids: set[str] | None = None) -> None:
         """Delete from the history; None deletes all."""
         with self._changed:
-            for job_id in list(self.done) if job_ids is None else job_ids:
-                self.done.pop(job_id, None)
+            for job_id in list(self.done) if job_ids is None else job_ids & self.done.keys():
+                self._num_done_bytes -= self.done.pop(job_id).num_bytes
 
     def free(self) -> None:
         """Drop the results, and with them the models, that are kept between runs; after the running job, if any."""
@@ -185,8 +208,9 @@ class Jobs:
                 self.running = None
                 job.ended_ms = now_ms()
                 self.done[job.id] = job
-                while len(self.done) > MAX_HISTORY:
-                    self.done.popitem(last=False)
+                self._num_done_bytes += job.num_bytes
+                while len(self.done) > MAX_HISTORY or self._num_done_bytes > MAX_HISTORY_BYTES:
+                    self._num_done_bytes -= self.done.popitem(last=False)[1].num_bytes
             self._tell_status()
             self._say("executing", {"node": None, "prompt_id": job.id}, to=job.listener)
 
@@ -227,9 +251,10 @@ class _Running:
         except NodeError as error:
             job.status = "failed"
             self._fail(error)
-        except Exception:  # the thread must live: the next job may be fine
-            log.exception("The prompt %s failed outside of its nodes", job.id)
+        except (Exception, SystemExit) as error:  # the thread must live: the next job may be fine
+            log.error("The prompt %s failed outside of its nodes", job.id)
             job.status = "failed"
+            self._tell_error(self.node, error)
         else:
             job.status = "completed"
             self._event("execution_success", {})
@@ -248,7 +273,7 @@ class _Running:
             return
         if self.job.cancelled.is_set():
             raise Cancelled("stopped by the user")
-        node_id, to = event.node_id, self.job.client_id
+        node_id, to = event.node_id, self.job.listener
         named = {"node": node_id, "display_node": node_id, "prompt_id": self.job.id}
         if event.kind == "executing":
             self.node, self.sheet = node_id, None
@@ -273,7 +298,7 @@ class _Running:
             "parent_node_id": None,
             "real_node_id": node_id,
         }
-        data = {"prompt_id": self.job.id, "nodes": {name: dict(one) for name, one in self.states.items()}}
+        data = {"prompt_id": self.job.id, "nodes": dict(self.states)}
         self.say("progress_state", data, to=self.job.listener)
 
     def _on_progress(self, what: str, done: int, total: int) -> None:
@@ -291,19 +316,21 @@ class _Running:
             self.sheet = hosts.contact_sheet(frames)
 
     def _fail(self, error: NodeError) -> None:
-        cause = error.__cause__ or error
+        self._tell_error(error.node_id, error.__cause__ or error)
+
+    def _tell_error(self, node_id: str, cause: BaseException) -> None:
         known = isinstance(cause, UserError)
         trace = [] if known else traceback.format_exception(cause)
         if not known:
             log.error("%s", "".join(trace))
         self.job.error = {
-            "node_id": error.node_id,
-            "node_type": error.class_type,
+            "node_id": node_id,
+            "node_type": self._type(node_id),
             "exception_message": str(cause),
             "exception_type": type(cause).__name__,
             "traceback": trace or [str(cause)],
         }
-        inputs = self.job.prompt[error.node_id].get("inputs", {})
+        inputs = self.job.prompt.get(node_id, {}).get("inputs", {})
         more = {"executed": self.executed, "current_inputs": dict(inputs), "current_outputs": sorted(self.job.shown)}
         if known:
             more["vidgen"] = cause.parts()

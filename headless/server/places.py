@@ -12,6 +12,9 @@ KINDS = ("input", "output", "temp")
 """what ``type`` may be in ComfyUI's requests"""
 
 _RESERVED = frozenset('<>:"|?*') | {chr(code) for code in range(32)}
+_MAX_NAME_BYTES = 230
+"""file systems take 255; a number and an ending may come behind"""
+_MAX_PATH = 1000
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(1, 10))})
 
 
@@ -47,7 +50,7 @@ class Places:
         if kind not in (*KINDS, "user"):
             raise FileError("There is no such kind of folder", given=kind, expected="one of " + ", ".join(KINDS))
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        if not parts or any(not _is_plain(part) for part in parts):
+        if not parts or len(name) > _MAX_PATH or any(not _is_plain(part) for part in parts):
             raise _outside(kind, name)
         folder = self.folder(kind).resolve()
         path = folder.joinpath(*parts)
@@ -74,7 +77,7 @@ def _is_plain(part: str) -> bool:
     stem = part.partition(".")[0].rstrip(" ").lower()
     return (
         part not in ("", ".", "..", "/")
-        and len(part.encode("utf-8", "surrogatepass")) <= 255
+        and len(part.encode("utf-8", "surrogatepass")) <= _MAX_NAME_BYTES
         and not _RESERVED & set(part)
         and part == part.rstrip(" .")
         and stem not in _DEVICES

@@ -31,6 +31,11 @@ def new_server(settings: ServerSettings) -> Server:
     return Server(settings, load_packs(settings.custom_nodes, packs))
 
 
+def new_runner(server: Server) -> web.AppRunner:
+    # Packed requests are refused; unpacking them first is what they are made for.
+    return web.AppRunner(server.application(), access_log=None, shutdown_timeout=2, auto_decompress=False)
+
+
 def serve(settings: ServerSettings, *, say: Callable[[str], None], is_opening: bool = False) -> None:
     """Listen until the process is asked to stop.
 
@@ -51,7 +56,7 @@ async def _serve(server: Server, bound: socket.socket, say: Callable[[str], None
         # Windows has no signal handlers in the loop; there KeyboardInterrupt ends asyncio.run.
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=2)
+    runner = new_runner(server)
     await runner.setup()
     try:
         await web.SockSite(runner, bound).start()

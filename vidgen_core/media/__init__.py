@@ -13,6 +13,7 @@ from .frames import (
     frames_to_images,
     images_to_frames,
     images_to_video,
+    open_image,
     read_image,
     video_to_images,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "frames_to_images",
     "images_to_frames",
     "images_to_video",
+    "open_image",
     "read_image",
     "read_metadata",
     "read_sound",

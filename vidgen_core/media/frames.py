@@ -5,18 +5,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import FileError, SettingsError
+from ..errors import FileError, SettingsError, UserError
 from ..types import Grid
 
 log = logging.getLogger("vidgen")
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.ImageFile import ImageFile
+
+MAX_IMAGE_PX = 8192**2
+"""of a picture: 1 GB as numbers"""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def video_to_images(video: Tensor) -> Tensor:
@@ -56,6 +63,36 @@ def frames_to_images(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames.astype("float32")).div_(65535.0)
 
 
+@contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[ImageFile]:
+    """A picture file by Pillow, whose pixels are not read yet. Errors while they are read are told here, too.
+
+    Raises:
+        FileError: it cannot be read, is damaged, is no picture, or is larger than :data:`MAX_IMAGE_PX`.
+    """
+    from PIL import Image
+
+    try:
+        # Named kinds only: for some others Pillow would start a program.
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
+            # Before a pixel is read: a few bytes can stand for gigabytes.
+            if file.width * file.height > MAX_IMAGE_PX:
+                raise FileError(
+                    "The image is too large",
+                    given=f"{Path(path).name} of {file.width} x {file.height} px",
+                    expected=f"at most {MAX_IMAGE_PX // 10**6} million px",
+                    do="make it smaller first",
+                )
+            yield file
+    except UserError:
+        raise
+    # SyntaxError is what Pillow raises for some damaged PNGs.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileError(
+            "The image cannot be read", given=path, expected="a PNG, JPEG, WebP or BMP file", do=f"check it ({error})"
+        ) from error
+
+
 def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
     """A picture file, upright: (IMAGE (1, H, W, 3) in [0, 1], MASK (1, H, W), 1 where it is transparent).
 
@@ -63,16 +100,10 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
         FileError: it cannot be read, is damaged, or is no picture.
     """
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    try:
-        with Image.open(path) as file:
-            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32) / 255
-    # SyntaxError is what Pillow raises for some damaged PNGs.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FileError(
-            "The image cannot be read", given=path, expected="a PNG, JPEG, WebP or BMP file", do=f"check it ({error})"
-        ) from error
+    with open_image(path) as file:
+        pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32) / 255
     rgba = torch.from_numpy(pixels)[None]
     return rgba[..., :3].contiguous(), 1 - rgba[..., 3]
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import FileError
 from ..memory.cancel import check_cancelled
-from .program import ffmpeg
+from ..memory.host import available_memory
+from .program import READ_ONLY_ITSELF, ffmpeg
 from .tags import existing, read_metadata
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FPS_KEY = "fps"
 """the text in a numbered picture that tells the frame rate of its series"""
+_COPIES = 6
+"""a frame of bytes becomes one of float32, and the bytes are there twice"""
 _USUAL_FPS = 8.0
 """of a series that does not tell"""
 _MORE_THAN_8 = re.compile(r"(9|10|12|14|16|48|64)(le|be)")
@@ -39,13 +42,14 @@ def read_video(
         all_bits: give uint16 frames where the file has more than 8 bits a channel; else they are always uint8.
 
     Raises:
-        FileError: the file is missing, holds no video, or ends before ``start``.
+        FileError: the file is missing, holds no video, ends before ``start``, or does not fit into memory.
     """
     import numpy as np
 
     path = existing(path)
     opened = _webp(path) if _is_webp(path) else _through_ffmpeg(path, all_bits)
     stop = None if num_frames is None else start + num_frames
+    room = available_memory()
     pixels, count = bytearray(), 0  # grows in place: a list of frames and their sum would be there at once
     try:
         about = next(opened)
@@ -55,6 +59,12 @@ def read_video(
             assert isinstance(frame, bytes)
             pixels += frame
             count += 1
+            if len(pixels) * _COPIES > room:
+                raise FileError(
+                    "The video does not fit into memory",
+                    given=f"{path.name}, {count} frames or more of {about.width} x {about.height} px",
+                    do="read fewer frames of it, or make it smaller",
+                )
     except (OSError, RuntimeError, StopIteration, SyntaxError, ValueError) as error:
         raise FileError(
             "The file holds no video that ffmpeg can read", given=path, expected="mp4, webm, mov, gif, ..."
@@ -84,13 +94,14 @@ def _through_ffmpeg(path: Path, all_bits: bool) -> _Reader:
     import imageio_ffmpeg
 
     name, fps = str(path), None
-    options: list[str] = []
+    options = READ_ONLY_ITSELF
     if (number := re.fullmatch(r"\d+", path.stem)) and path.suffix.lower() == ".png":
         told = read_metadata(path).get(FPS_KEY)
         fps = _USUAL_FPS if told is None else float(told)
         pattern = f"%0{len(number[0])}d{path.suffix}"
         name = str(path.parent).replace("%", "%%") + os.sep + pattern
-        options = ["-f", "image2", "-framerate", repr(fps), "-start_number", str(int(number[0]))]
+        options = ["-protocol_whitelist", "file", "-f", "image2", "-framerate", repr(fps)]
+        options += ["-start_number", str(int(number[0]))]
     bits = 16 if all_bits and _is_deep(name, options) else 8
     pixels = "rgb24" if bits == 8 else "rgb48le"
     reader = imageio_ffmpeg.read_frames(name, pix_fmt=pixels, bits_per_pixel=3 * bits, input_params=options)

@@ -23,6 +23,8 @@ from ..memory.cancel import check_cancelled
 from . import program
 
 MAX_CHANNELS = 8
+MAX_BYTES = 2 * 10**9
+"""of a sound as float32, about two hours: silence of a year packs into a small file"""
 _HEADER = struct.Struct(">4s5I")
 _UNKNOWN_SIZE, _FLOAT32 = 0xFFFFFFFF, 6
 _AT_ONCE = 1 << 20
@@ -97,18 +99,22 @@ def read_sound(path: str | os.PathLike[str]) -> Sound | None:
     """The sound of a sound file or a video, at its own rate; None for a file that ffmpeg reads and that has none.
 
     Raises:
-        FileError: the file is missing, damaged, or of no kind that ffmpeg reads.
+        FileError: the file is missing, damaged, of no kind that ffmpeg reads, or longer than :data:`MAX_BYTES`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileError("There is no such sound file", given=path, do="check the path")
-    command = [program.ffmpeg(), "-v", "error", "-nostdin", "-i", str(path), "-map", "0:a:0"]
+    command = [program.ffmpeg(), "-v", "error", "-nostdin", *program.READ_ONLY_ITSELF, "-i", str(path), "-map", "0:a:0"]
     content = bytearray()
     with tempfile.TemporaryFile() as errors:
         with program.running([*command, "-f", "au", "-c:a", "pcm_f32be", "-"], errors, speaks=True) as (process, pipe):
             while part := pipe.read(_AT_ONCE):
                 check_cancelled()
                 content += part
+                if len(content) > MAX_BYTES:
+                    raise FileError(
+                        "The sound is too long", given=path.name, expected=f"at most {MAX_BYTES // 10**9} GB as numbers"
+                    )
             code = program.ended(process)
         errors.seek(0)
         said = errors.read().decode("utf-8", "replace")

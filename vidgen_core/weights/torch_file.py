@@ -7,10 +7,11 @@ each tensor comes as a shape with the offset of its bytes. They are mapped or re
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -64,15 +65,15 @@ def read_scale_map(path: Path, weights: list[str]) -> dict[str, Place]:
 
 
 def _load_fake(path: Path) -> Any:
-    from torch._subclasses import FakeTensorMode
-
     try:
         # An open file: for a path, torch.load may take another way for another ending.
-        with path.open("rb") as file, FakeTensorMode():
-            if not zipfile.is_zipfile(file):
-                raise EOFError("no directory of a zip archive at the end")
+        with path.open("rb") as file:
+            _check_archive(file)
+            from torch._subclasses import FakeTensorMode  # seconds, which only a torch file is worth
+
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with FakeTensorMode():
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "The file holds more than weights, and running what strangers saved is not safe",
@@ -87,6 +88,21 @@ def _load_fake(path: Path) -> Any:
             expected="a file of torch.save",
             do="download or export it again",
         ) from error
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """torch.save packs nothing: an entry that is packed, or larger than the file, would only fill memory."""
+    if not zipfile.is_zipfile(file):
+        raise EOFError("no directory of a zip archive at the end")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        raise EOFError(str(error)) from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise EOFError("it is packed")
+    if sum(entry.file_size for entry in entries) > file.seek(0, 2):
+        raise EOFError("its entries are larger than the file")
 
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
