@@ -24,20 +24,11 @@ class CodecConfig:
     temporal_compression: int = 4
     scaling_factor: float = 0.7
     """latents the network sees = scaling_factor * latents of the VAE; 1.15258426 for CogVideoX-2B"""
-    image_latents: Literal["scaled", "inverse", "raw"] = "scaled"
-    """how a network wants a given picture: scaled as its own latents, divided by the scaling factor (the diffusers
-    release of CogVideoX 1.5: ``invert_scale_latents``), or as the VAE makes it (the original release of 1.5)"""
 
     @property
     def spatial_compression(self) -> int:
         """Pixels per latent along an edge."""
         return 2 ** (len(self.block_channels) - 1)
-
-    @property
-    def image_factor(self) -> float:
-        """What latents at unit scale are multiplied by where they are a given picture."""
-        exponent = {"scaled": 0, "inverse": -2, "raw": -1}[self.image_latents]
-        return self.scaling_factor**exponent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,5 +46,4 @@ class TextConfig:
 
 VAE_2B = CodecConfig(scaling_factor=1.15258426)
 VAE_5B = CodecConfig()
-VAE_1_5 = CodecConfig(image_latents="inverse")
 T5_XXL = TextConfig()
