@@ -6,8 +6,9 @@
    them out, and ``llama``, ``clip`` or ``t5``
 4. ``llama``, ``clip`` or ``t5`` in the host's folders of text encoders: ``models/text_encoders/llama/tokenizer.json``
 
-CLIP's may also be ``vocab.json`` with ``merges.txt``, T5's ``spiece.model``. A tokenizer of another vocabulary is passed over, so that the
-tokenizers of two encoders may lie in one folder; the error says what was found and why it did not fit.
+CLIP's may also be ``vocab.json`` with ``merges.txt``, T5's ``spiece.model``. A tokenizer of another vocabulary is
+passed over, so that the tokenizers of two encoders may lie in one folder; the error says what was found and why it did
+not fit.
 """
 
 from __future__ import annotations

@@ -86,7 +86,10 @@ def _count(shapes: Shapes, prefix: str) -> int:
 def codec_config(shapes: Shapes) -> CodecConfig | None:
     """The VAE's config; None when the names are not CogVideoX's. What shapes do not tell is as published for 5B."""
     needed = ("encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight", "decoder.norm_out.conv_y.conv.weight")
-    if any(name not in shapes for name in needed) or "decoder.mid_block.resnets.0.norm1.norm_layer.weight" not in shapes:
+    if (
+        any(name not in shapes for name in needed)
+        or "decoder.mid_block.resnets.0.norm1.norm_layer.weight" not in shapes
+    ):
         return None
     widths = [
         shapes.get(f"encoder.down_blocks.{level}.resnets.0.conv1.conv.weight", (0,))[0]

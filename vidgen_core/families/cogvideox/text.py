@@ -19,7 +19,7 @@ from .config import TextConfig
 
 
 class T5Text(nn.Module):
-    """The encoder with its tokenizer. Parameters are named ``t5.`` + the names of :func:`~vidgen_core.text.t5.build_t5`.
+    """The encoder with its tokenizer. Parameters are named ``t5.`` + those of ``text.t5.build_t5``.
 
     Args:
         config: sizes, length and special ids.

@@ -45,9 +45,7 @@ def _huggingface(title: str, embedding: str, *unneeded: str, encoder: str = "enc
 
 
 T5_LAYOUTS: Mapping[str, KeyMap] = {
-    "huggingface": _huggingface(
-        "T5EncoderModel", "shared", "encoder.embed_tokens.", "decoder.", "lm_head."
-    ),
+    "huggingface": _huggingface("T5EncoderModel", "shared", "encoder.embed_tokens.", "decoder.", "lm_head."),
     "embedding_once": _huggingface("T5EncoderModel without its shared name", "encoder.embed_tokens"),
     "gguf": KeyMap(
         [
