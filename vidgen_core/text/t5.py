@@ -62,8 +62,8 @@ def build_t5(dims: T5Dims) -> nn.Module:
         )
     )
     encoder = model.encoder
-    for block in encoder.block:
-        block.layer[1].set_submodule("DenseReluDense", GatedFeedForward(dims))
+    for number in range(dims.num_layers):
+        encoder.set_submodule(f"block.{number}.layer.1.DenseReluDense", GatedFeedForward(dims))
     return encoder.eval()
 
 
