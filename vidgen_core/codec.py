@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -32,6 +33,19 @@ class Codec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video of ``latents``, about [-1, 1]; not clamped."""
+        ...
+
+
+OnPart = Callable[[int, int], None]
+"""``(done, total)`` after each part; may raise to stop."""
+
+
+@runtime_checkable
+class StreamingCodec(Codec, Protocol):
+    """A codec that hands on a video as it comes, in memory that does not depend on its length."""
+
+    def frames(self, latents: Tensor, *, on_part: OnPart | None = None) -> Generator[Tensor, None, None]:
+        """The video of one sample's latents (1, C, T', H', W') as (3, n, H, W), a few frames at a time, in order."""
         ...
 
 

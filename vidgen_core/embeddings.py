@@ -111,7 +111,8 @@ def load_embeddings(path: str | Path) -> Embeddings:
 def _check_shapes(header: Header, family: Family, config: Config) -> None:
     shapes, dtypes = header.shapes, {name: info.dtype for name, info in header.tensors.items()}
     for name, rank in _RANKS.items():
-        if len(shapes[name]) != rank or 0 in shapes[name]:
+        # A family without a pooled vector has one of width 0; whether that is right, the widths tell.
+        if len(shapes[name]) != rank or 0 in shapes[name][: 1 if name == "pooled" else rank]:
             raise _unfit(header, f"{name!r} of shape {shapes[name]}", f"{rank} dimensions, none of them empty")
     floating = dtypes["context"].is_floating_point and dtypes["pooled"].is_floating_point
     if dtypes["context_mask"] != torch.bool or not floating:

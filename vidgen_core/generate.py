@@ -23,7 +23,7 @@ from .bounded import Bound
 from .bundle import Bundle
 from .bundle import load_bundle as load_bundle  # the way in, offered here with the rest of the path
 from .caching import CurveRecorder, MagnitudeCurve, StepFinder
-from .codec import Codec
+from .codec import Codec, StreamingCodec
 from .diffusion import Diffusion
 from .errors import NumericsError, SettingsError
 from .families import ImageMode, KeyframeRules, TextEncoder
@@ -804,6 +804,7 @@ def decode_frames(
     Only a few finished frames are in memory at a time, so that a video may be longer than would fit.
 
     Args:
+        bound: within which a codec is run layer by layer that does not hand on its frames by itself.
         hidden_frames: at the start of each video, left out.
 
     Raises:
@@ -812,7 +813,11 @@ def decode_frames(
     host = host or LocalHost()
     for index, one in enumerate(latents.cpu().split(1)):
         host.check_cancelled()
-        parts = bound.on(codec, on_tile=_on_tile(host, "decode", index, len(latents))).frames(one)
+        on_part = _on_tile(host, "decode", index, len(latents))
+        if isinstance(codec, StreamingCodec):
+            parts = codec.frames(one, on_part=on_part)
+        else:
+            parts = bound.on(codec, on_tile=on_part).frames(one)
         first = 0
         with contextlib.closing(parts):
             while True:

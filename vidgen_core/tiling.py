@@ -8,8 +8,8 @@ each and in which order neighbours are blended. Frames are the outer loop, rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,18 +27,30 @@ class Tiling:
     """Size of the tiles in pixels and frames; tiles overlap by size minus stride. The defaults are HunyuanVideo's.
 
     A causal codec is given one more frame per tile, and drops the first of what it makes of every later tile: a first
-    frame is coded on its own and must not appear in the middle of a video.
+    frame is coded on its own and must not appear in the middle of a video. The frames of a codec that goes through a
+    video group by group (``Grid.group``) are not cut: tiles would save nothing and lose what it carries along.
     """
 
     tile_px: int = 256
     stride_px: int = 192
     tile_frames: int = 64
     stride_frames: int = 48
+    tile_width_px: int | None = None
+    """of tiles that are not square (CogVideoX's own are 240 px high every 200 and 360 px wide every 288); None: they
+    are as wide as high"""
+    stride_width_px: int | None = None
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """Size and stride along a row."""
+        tile = self.tile_px if self.tile_width_px is None else self.tile_width_px
+        return tile, self.stride_px if self.stride_width_px is None else self.stride_width_px
 
     def check(self, grid: Grid) -> None:
         """Raise :class:`SettingsError` unless tiles and strides are whole numbers of latents."""
         for name, tile, stride, step, unit in (
             ("size", self.tile_px, self.stride_px, grid.spatial, "px"),
+            ("width", *self.width, grid.spatial, "px"),
             ("length", self.tile_frames, self.stride_frames, grid.temporal, "frames"),
         ):
             if not 0 < stride <= tile or tile % step or stride % step:
@@ -63,14 +75,9 @@ class _Axis:
     lead: int = 0
     """samples at the start of the axis that stand outside the ratio: 1 for the frames of a causal codec"""
 
-    def starts(self, *lengths: int) -> list[range]:
-        """Where tiles start along axes that are cut together: all of them or, if each fits into a tile, none.
-
-        With a lead, the last stride may hold nothing but the sample that the tile would drop.
-        """
-        if max(lengths) <= self.size:
-            return [range(1)] * len(lengths)
-        return [range(0, length - self.lead, self.stride) for length in lengths]
+    def starts(self, length: int) -> range:
+        """Where tiles start. With a lead, the last stride may hold nothing but the sample that the tile would drop."""
+        return range(0, length - self.lead, self.stride)
 
     def out(self, samples: int) -> int:
         """Samples of output for ``samples`` of input, the lead not counted."""
@@ -79,6 +86,17 @@ class _Axis:
     @property
     def overlap(self) -> int:
         return self.out(self.size - self.stride)
+
+
+Space = tuple[_Axis, _Axis]
+"""rows and columns"""
+
+
+def _starts(space: Space, lengths: Sequence[int]) -> list[range]:
+    """Where tiles start along both axes: they are cut together or, if the whole fits into a tile, not at all."""
+    if all(length <= axis.size for axis, length in zip(space, lengths, strict=True)):
+        return [range(1), range(1)]
+    return [axis.starts(length) for axis, length in zip(space, lengths, strict=True)]
 
 
 def tiled(codec: Codec, tiling: Tiling | None = None, *, on_tile: OnTile | None = None) -> TiledCodec:
@@ -114,11 +132,9 @@ class TiledCodec:
     @torch.no_grad()
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [-1, 1] -> mean and log variance at unit scale, blended over the tiles."""
-        grid, tiling = self.grid, self.tiling
+        grid = self.grid
         VideoShape(num_frames=video.shape[2], height_px=video.shape[3], width_px=video.shape[4]).check(grid)
-        space = _Axis(tiling.tile_px, tiling.stride_px, (1, grid.spatial))
-        time = _Axis(tiling.tile_frames, tiling.stride_frames, (1, grid.temporal), int(grid.causal))
-        both = self._run(lambda tile: torch.cat(self.codec.moments(tile), dim=1), video, time, space)
+        both = self._run(lambda tile: torch.cat(self.codec.moments(tile), dim=1), video, decodes=False)
         mean, logvar = both.chunk(2, dim=1)
         return mean, logvar
 
@@ -130,19 +146,27 @@ class TiledCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T', H', W') at unit scale -> (B, 3, T, H, W), about [-1, 1]."""
-        grid, tiling = self.grid, self.tiling
-        space = _Axis(tiling.tile_px // grid.spatial, tiling.stride_px // grid.spatial, (grid.spatial, 1))
-        time = _Axis(
-            tiling.tile_frames // grid.temporal,
-            tiling.stride_frames // grid.temporal,
-            (grid.temporal, 1),
-            int(grid.causal),
-        )
-        return self._run(self.codec.decode, latents, time, space)
+        return self._run(self.codec.decode, latents, decodes=True)
 
-    def _run(self, code: Callable[[Tensor], Tensor], x: Tensor, time: _Axis, space: _Axis) -> Tensor:
-        (starts,) = time.starts(x.shape[2])
-        code = self._counted(code, math.prod(len(axis) for axis in (starts, *space.starts(*x.shape[3:]))))
+    def _axes(self, length: int, *, decodes: bool) -> tuple[_Axis, Space]:
+        """Frames, rows and columns of what is coded."""
+
+        def axis(size: int, stride: int, step: int, lead: int = 0) -> _Axis:
+            if decodes:
+                return _Axis(size // step, stride // step, (step, 1), lead)
+            return _Axis(size, stride, (1, step), lead)
+
+        grid, tiling, lead = self.grid, self.tiling, int(self.grid.causal)
+        time = axis(tiling.tile_frames, tiling.stride_frames, grid.temporal, lead)
+        if grid.group > 1:
+            time = replace(time, size=max(time.size, length))
+        rows, columns = (axis(*sizes, grid.spatial) for sizes in ((tiling.tile_px, tiling.stride_px), tiling.width))
+        return time, (rows, columns)
+
+    def _run(self, code: Callable[[Tensor], Tensor], x: Tensor, *, decodes: bool) -> Tensor:
+        time, space = self._axes(x.shape[2], decodes=decodes)
+        starts = range(1) if x.shape[2] <= time.size else time.starts(x.shape[2])
+        code = self._counted(code, math.prod(len(axis) for axis in (starts, *_starts(space, x.shape[3:]))))
         out = None
         tail: Tensor | None = None
         done = 0
@@ -180,29 +204,30 @@ class TiledCodec:
         return counted
 
 
-def _in_space(code: Callable[[Tensor], Tensor], x: Tensor, axis: _Axis) -> Tensor:
+def _in_space(code: Callable[[Tensor], Tensor], x: Tensor, space: Space) -> Tensor:
     """Code ``x`` in tiles of rows and columns and put them together, on the device of ``x``.
 
     Every tile is first blended with the tile above, then with the tile on its left, and both have been blended
     themselves before: corners depend on this order. Only the strips that are still to be blended are kept.
     """
-    rows, columns = axis.starts(*x.shape[3:])
+    rows, columns = _starts(space, x.shape[3:])
     if len(rows) == len(columns) == 1:
         return code(x).to(x.device)
+    down, across = space
     out: Tensor | None = None
     above: list[Tensor | None] = [None] * len(columns)
-    step = axis.out(axis.stride)
+    height, width = down.out(down.stride), across.out(across.stride)
     for i, top in enumerate(rows):
         left: Tensor | None = None
         for j, start in enumerate(columns):
-            tile = code(x[:, :, :, top : top + axis.size, start : start + axis.size]).to(x.device)
+            tile = code(x[:, :, :, top : top + down.size, start : start + across.size]).to(x.device)
             if out is None:
-                out = tile.new_empty(*tile.shape[:3], axis.out(x.shape[3]), axis.out(x.shape[4]))
-            _blend_(above[j], tile, axis.overlap, dim=3)
-            left = _blend_(left, tile, axis.overlap, dim=4)
-            above[j] = tile[:, :, :, -axis.overlap :].clone() if axis.overlap else None
-            part = tile[:, :, :, :step, :step]
-            out[:, :, :, i * step : i * step + part.shape[3], j * step : j * step + part.shape[4]] = part
+                out = tile.new_empty(*tile.shape[:3], down.out(x.shape[3]), across.out(x.shape[4]))
+            _blend_(above[j], tile, down.overlap, dim=3)
+            left = _blend_(left, tile, across.overlap, dim=4)
+            above[j] = tile[:, :, :, -down.overlap :].clone() if down.overlap else None
+            part = tile[:, :, :, :height, :width]
+            out[..., i * height : i * height + part.shape[3], j * width : j * width + part.shape[4]] = part
     assert out is not None
     return out
 

@@ -34,6 +34,14 @@ class Grid:
     spatial: int
     temporal: int
     causal: bool = True
+    group: int = 1
+    """latent frames that are coded together, behind the first one of a causal codec: their number must come out even.
+    A codec of larger groups goes through a video group by group, in memory that does not depend on its length."""
+
+    @property
+    def step(self) -> int:
+        """By how many frames the length of a video may differ from that of another."""
+        return self.temporal * self.group
 
     def num_latent_frames(self, num_frames: int) -> int:
         if self.causal:
@@ -68,7 +76,7 @@ class VideoShape:
         """The nearest size that the codec and network can make."""
         rows, columns = grid.spatial * patch[1], grid.spatial * patch[2]
         offset = 1 if grid.causal else 0
-        num_frames = max(0, round((self.num_frames - offset) / grid.temporal)) * grid.temporal + offset
+        num_frames = max(0, round((self.num_frames - offset) / grid.step)) * grid.step + offset
         return VideoShape(
             num_frames=max(1, num_frames),
             height_px=max(rows, round(self.height_px / rows) * rows),
@@ -90,12 +98,12 @@ class VideoShape:
                     do=f"use {near} px",
                 )
         offset = 1 if grid.causal else 0
-        if self.num_frames < 1 or (self.num_frames - offset) % grid.temporal:
-            rule = f"{grid.temporal} n + {offset} frames" if grid.temporal > 1 else "at least 1 frame"
+        if self.num_frames < 1 or (self.num_frames - offset) % grid.step:
+            rule = f"{grid.step} n + {offset} frames" if grid.step > 1 else "at least 1 frame"
             raise SettingsError(
                 "The number of frames cannot be used",
                 given=f"{self.num_frames} frames",
-                expected=f"{rule} (1, 5, 9, 13, 17, ...)" if (grid.temporal, offset) == (4, 1) else rule,
+                expected=f"{rule} (1, 5, 9, 13, 17, ...)" if (grid.step, offset) == (4, 1) else rule,
                 do=f"use {nearest.num_frames} frames",
             )
 

@@ -36,6 +36,7 @@ TITLES = {
     "text": "text encoders",
     "llama": "LLaMA text encoder",
     "clip": "CLIP text encoder",
+    "t5": "T5 text encoder",
     "vision": "image encoder",
 }
 """what each part is called in messages"""

@@ -220,11 +220,11 @@ def nearest_sizes(
 ) -> list[VideoShape]:
     """The longest video of this size that fits, and the largest of this length; what fits not at all is left out."""
     found = []
-    least = 1 if grid.causal else grid.temporal
-    counts = range(0, max(1, (shape.num_frames - least) // grid.temporal + 1))
-    length = _last(counts, lambda n: fits(replace(shape, num_frames=least + n * grid.temporal)))
-    if length is not None and least + length * grid.temporal < shape.num_frames:
-        found.append(replace(shape, num_frames=least + length * grid.temporal))
+    least = 1 if grid.causal else grid.step
+    counts = range(0, max(1, (shape.num_frames - least) // grid.step + 1))
+    length = _last(counts, lambda n: fits(replace(shape, num_frames=least + n * grid.step)))
+    if length is not None and least + length * grid.step < shape.num_frames:
+        found.append(replace(shape, num_frames=least + length * grid.step))
     rows, columns = grid.spatial * patch[1], grid.spatial * patch[2]
 
     def scaled(n: int) -> VideoShape:

@@ -60,7 +60,7 @@ class UpsampledCausalConv3d(nn.Module):
         self.conv = _PhaseConv3d(in_channels, out_channels, steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Interleave.apply(self.conv(_pad(x, 1, self.front)), self.conv.steps)
+        return Interleave.apply(self.conv(_pad(x, 1, self.front)), self.conv.steps)
 
     def stream(self, x: Tensor, num_frames: int) -> Tensor:
         """``self(x)`` from ``num_frames`` at a time."""
@@ -108,20 +108,25 @@ class _PhaseConv3d(nn.Conv3d):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weights and biases of all phases."""
-        time, height, width = self.steps
-        weight, bias = self.weight, self.bias
-        assert bias is not None
-        for dim, step in ((4, width), (3, height), (2, time)):
-            if step == 2:
-                first, middle, last = weight.unbind(dim)
-                late = torch.stack([first, middle + last], dim)  # the sample before this one, and this one twice
-                early = torch.stack([first + middle, last], dim)
-                # Space is padded on both sides, time in front only: there, frame 2 n - 1 is the first of its pair.
-                weight = torch.cat([early, late] if dim == 2 else [late, early])
-        return weight, bias.repeat(time * height * width)
+        assert self.bias is not None
+        return fold_phases(self.weight, self.bias, self.steps)
 
 
-class _Interleave(torch.autograd.Function):
+def fold_phases(weight: Tensor, bias: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    """A convolution of what is upsampled by ``steps`` -> one of what is not, with all phases of the output in its
+    channels, phase-major: (C', C, t, 3, 3) -> (phases C', C, t', 2, 2), and the biases."""
+    time, height, width = steps
+    for dim, step in ((4, width), (3, height), (2, time)):
+        if step == 2:
+            first, middle, last = weight.unbind(dim)
+            late = torch.stack([first, middle + last], dim)  # the sample before this one, and this one twice
+            early = torch.stack([first + middle, last], dim)
+            # Space is padded on both sides, time in front only: there, frame 2 n - 1 is the first of its pair.
+            weight = torch.cat([early, late] if dim == 2 else [late, early])
+    return weight, bias.repeat(math.prod(steps))
+
+
+class Interleave(torch.autograd.Function):
     """(B, phases C, T, H [+ 1], W [+ 1]) -> (B, C, T', H', W'): a copy each way, where slices under autograd would
     clone the whole tensor once for each phase."""
 

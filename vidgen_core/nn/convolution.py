@@ -18,19 +18,26 @@ CHANNELS_LAST = torch.channels_last_3d
 
 
 class Conv3d(nn.Conv3d):
-    """``nn.Conv3d`` without padding, dilation or groups, by way of :func:`conv3d`."""
+    """``nn.Conv3d`` without dilation or groups, by way of :func:`conv3d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return conv3d(input, self.weight, self.bias, self.stride)
+        time, height, width = self.padding
+        return conv3d(input, self.weight, self.bias, self.stride, (int(time), int(height), int(width)))
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int] = (1, 1, 1)) -> Tensor:
-    """(B, C, T, H, W) -> (B, C', T', H', W') without padding; the layout of ``x`` is kept."""
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+) -> Tensor:
+    """(B, C, T, H, W) -> (B, C', T', H', W'), with zeros around it; the layout of ``x`` is kept."""
     if x.is_meta and _is_inference(x) and _is_narrow(x):
-        return _channels_last(F.conv3d(_channels_last(x), weight, bias, tuple(stride)))
+        return _channels_last(F.conv3d(_channels_last(x), weight, bias, tuple(stride), tuple(padding)))
     if _is_inference(x) and x.dtype == torch.float32:
-        return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), tuple(stride), (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, tuple(stride))
+        return torch.mkldnn_convolution(x, weight, bias, tuple(padding), tuple(stride), (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, tuple(stride), tuple(padding))
 
 
 def fast_layout(x: Tensor) -> Tensor:

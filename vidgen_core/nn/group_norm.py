@@ -28,7 +28,7 @@ class GroupNorm(nn.GroupNorm):
         if x.is_meta:  # nobody needs to plan for pieces: they are small
             return self._finish(out.copy_(x))
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale, shift = (value.unsqueeze(1) for value in self._scale_and_shift(x, x.shape[2], wide))
+        scale, shift = (value.unsqueeze(1) for value in self.scale_and_shift(x, x.shape[2], wide))
         for given, made in zip(_pieces(x), _pieces(out), strict=True):
             if x.dtype == wide:
                 torch.addcmul(shift, given, scale, out=made)
@@ -43,7 +43,7 @@ class GroupNorm(nn.GroupNorm):
         ``x`` is read ``num_frames`` at a time; what is computed and where it is rounded is as in :meth:`forward`.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale, shift = (value[:, :, None, None, None] for value in self._scale_and_shift(x, num_frames, wide))
+        scale, shift = (value[:, :, None, None, None] for value in self.scale_and_shift(x, num_frames, wide))
 
         def apply(frames: Tensor) -> Tensor:
             return self._finish(torch.addcmul(shift, frames.to(wide), scale).to(frames.dtype))
@@ -57,8 +57,9 @@ class GroupNorm(nn.GroupNorm):
         """What follows the normalisation; without gradients, in place."""
         return x
 
-    def _scale_and_shift(self, x: Tensor, num_frames: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each (B, C): the layer is ``x * scale + shift``."""
+    def scale_and_shift(self, x: Tensor, num_frames: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Each (B, C) in ``dtype``: with the statistics of ``x``, read ``num_frames`` at a time, the layer is
+        ``x * scale + shift``."""
         mean, variance = _statistics(x, self.num_groups, num_frames, dtype)
         width = self.num_channels // self.num_groups
         scale = torch.rsqrt(variance + self.eps).repeat_interleave(width, dim=1) * self.weight.to(mean.dtype)

@@ -1,7 +1,7 @@
 """Dimensions of the text encoders, shared by the families that use them.
 
-The defaults are those of the published checkpoints: LLaMA-3-8B, CLIP ViT-L/14's text tower, and LLaVA's image
-encoder (CLIP ViT-L/14 at 336 px with a projector to LLaMA's width).
+The defaults are those of the published checkpoints: LLaMA-3-8B, CLIP ViT-L/14's text tower, LLaVA's image encoder
+(CLIP ViT-L/14 at 336 px with a projector to LLaMA's width), and the encoder of T5 v1.1 XXL.
 """
 
 from __future__ import annotations
@@ -54,3 +54,19 @@ class VisionDims:
     def num_tokens(self) -> int:
         """Tokens of one picture: one per patch, the class token is dropped."""
         return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class T5Dims:
+    vocab_size: int = 32128
+    hidden_size: int = 4096
+    num_layers: int = 24
+    num_heads: int = 64
+    head_size: int = 64
+    intermediate_size: int = 10240
+    """of the gated feed-forward layer"""
+    num_buckets: int = 32
+    """of the relative positions' bias, which all layers share"""
+    max_distance: int = 128
+    """tokens; farther ones share a bucket"""
+    norm_eps: float = 1e-6

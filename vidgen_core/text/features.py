@@ -16,4 +16,4 @@ class TextFeatures:
     context_mask: Tensor
     """(B, L) bool, true for real tokens"""
     pooled: Tensor
-    """(B, P) one vector for the whole prompt"""
+    """(B, P) one vector for the whole prompt; P is 0 where a family has none"""

@@ -2,12 +2,13 @@
 
 1. the folder that the user names; then nowhere else
 2. beside the weights: ``<name of the weights>.tokenizer.json``, then ``tokenizer.json``
-3. folders beside the weights or one up: ``tokenizer`` for LLaMA, ``tokenizer_2`` for CLIP, as diffusers lays them out,
-   and ``llama`` or ``clip``
-4. ``llama`` or ``clip`` in the host's folders of text encoders: ``models/text_encoders/llama/tokenizer.json``
+3. folders beside the weights or one up: ``tokenizer`` for LLaMA and T5, ``tokenizer_2`` for CLIP, as diffusers lays
+   them out, and ``llama``, ``clip`` or ``t5``
+4. ``llama``, ``clip`` or ``t5`` in the host's folders of text encoders: ``models/text_encoders/llama/tokenizer.json``
 
-CLIP's may also be ``vocab.json`` with ``merges.txt``. A tokenizer of another vocabulary is passed over, so that the
-tokenizers of two encoders may lie in one folder; the error says what was found and why it did not fit.
+CLIP's may also be ``vocab.json`` with ``merges.txt``, T5's ``spiece.model``. A tokenizer of another vocabulary is
+passed over, so that the tokenizers of two encoders may lie in one folder; the error says what was found and why it did
+not fit.
 """
 
 from __future__ import annotations
@@ -19,13 +20,29 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointError, FileError
+from .sentencepiece import tokenizer_from_spiece
 from .tokenizer import Tokenizer
 
-Kind = Literal["llama", "clip"]
+Kind = Literal["llama", "clip", "t5"]
 
-TITLES: dict[Kind, str] = {"llama": "LLaMA", "clip": "CLIP"}
-FOLDERS: dict[Kind, tuple[str, ...]] = {"llama": ("tokenizer", "llama"), "clip": ("tokenizer_2", "clip")}
+TITLES: dict[Kind, str] = {"llama": "LLaMA", "clip": "CLIP", "t5": "T5"}
+FOLDERS: dict[Kind, tuple[str, ...]] = {
+    "llama": ("tokenizer", "llama"),
+    "clip": ("tokenizer_2", "clip"),
+    "t5": ("tokenizer", "t5"),
+}
 """names of a folder with the tokenizer of each encoder"""
+_SPIECE = "spiece.model"
+_FILES: dict[Kind, str] = {
+    "llama": "tokenizer.json",
+    "clip": "tokenizer.json, or vocab.json and merges.txt",
+    "t5": f"{_SPIECE}, or tokenizer.json",
+}
+_SOURCES: dict[Kind, str] = {
+    "llama": "xtuner/llava-llama-3-8b-v1_1-transformers",
+    "clip": "openai/clip-vit-large-patch14",
+    "t5": "google/t5-v1_1-xxl, and in the tokenizer folder of CogVideoX",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +71,7 @@ def find_tokenizer(
         raise FileError(
             "The folder of the tokenizers does not exist",
             given=places.named,
-            expected="a folder with tokenizer.json files",
+            expected="a folder with the tokenizers' files",
             do="correct tokenizer_folder, or leave it empty",
         )
     passed_over: list[str] = []
@@ -89,23 +106,33 @@ def _candidates(kind: Kind, weights: Path, places: TokenizerPlaces) -> Iterator[
             yield folder / "tokenizer.json"
         if kind == "clip" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             yield folder / "vocab.json"
+        if kind == "t5" and (folder / _SPIECE).is_file():
+            yield folder / _SPIECE
 
 
 def _read(path: Path) -> Tokenizer:
+    if path.name == _SPIECE:
+        return tokenizer_from_spiece(_bytes(path))
     if path.name == "vocab.json":
         return clip_tokenizer(path, path.with_name("merges.txt"))
     return Tokenizer.from_folder(path)
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileError("The tokenizer cannot be read", given=path, do="check the file and its permissions") from error
+
+
 def _not_found(kind: Kind, weights: Path, places: TokenizerPlaces, passed_over: list[str]) -> CheckpointError:
     folders = _folders(kind, weights, places)
-    wanted = "tokenizer.json" if kind == "llama" else "tokenizer.json, or vocab.json and merges.txt"
     home = places.named or (weights if weights.is_dir() else weights.parent)
-    names = [f"tokenizer.json in {home / FOLDERS[kind][-1]}"]
+    file = _SPIECE if kind == "t5" else "tokenizer.json"
+    names = [f"{file} in {home / FOLDERS[kind][-1]}"]
     if places.named is None:
         names.insert(0, f"{weights.stem}.tokenizer.json beside the weights")
-        names += [f"tokenizer.json in {root / kind}" for root in places.shared]
-    source = "xtuner/llava-llama-3-8b-v1_1-transformers" if kind == "llama" else "openai/clip-vit-large-patch14"
+        names += [f"{file} in {root / kind}" for root in places.shared]
     given = f"{weights} without one"
     if passed_over:
         given += "; passed over: " + ", ".join(passed_over)
@@ -114,7 +141,7 @@ def _not_found(kind: Kind, weights: Path, places: TokenizerPlaces, passed_over: 
     return CheckpointError(
         f"The tokenizer of {TITLES[kind]} was not found",
         given=given,
-        expected=f"{wanted}, as published with {source}",
+        expected=f"{_FILES[kind]}, as published with {_SOURCES[kind]}",
         do="put it where it is looked for: " + ", or ".join(names),
     )
 

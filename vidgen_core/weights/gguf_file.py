@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,6 +52,16 @@ def read_gguf(path: Path, num_bytes: int) -> Contents:
     return Contents(
         tensors=tensors, places=places, metadata=metadata, head=head, data_start=min(reader.data_offset, num_bytes)
     )
+
+
+def read_fields(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Those of these fields that a GGUF file has, lists among them.
+
+    Raises:
+        CheckpointError, MissingLibraryError: as :func:`read_gguf`.
+    """
+    fields = _open(path).fields
+    return {name: fields[name].contents() for name in names if name in fields}
 
 
 def _open(path: Path) -> GGUFReader:
