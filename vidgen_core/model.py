@@ -69,7 +69,7 @@ class VideoModel:
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
         """Around a network that was built here, e.g. for training. More fields may be given by name."""
         record = FAMILIES[family]
-        fields = {"diffusion": record.diffusion(config), "defaults": record.defaults, **kwargs}
+        fields = {"diffusion": record.diffusion(config), "defaults": record.defaults(config), **kwargs}
         return cls(family=record, config=config, network=network, **fields)
 
     @property
@@ -600,7 +600,7 @@ def defaults_of(header: Header, found: Found) -> Defaults:
     """The defaults in a network's metadata, else the family's."""
     text = header.metadata.get("vidgen.defaults")
     if text is None:
-        return found.family.defaults
+        return found.family.defaults(found.config)
     return config_from_json(Defaults, text, where=str(header.path))
 
 

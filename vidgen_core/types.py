@@ -116,6 +116,7 @@ class Defaults:
     """true classifier-free guidance; 1 is off"""
     sampler: str = "euler"
     schedule: str = "simple"
+    cfg_schedule: str = "constant"
     negative_prompt: str = ""
 
 

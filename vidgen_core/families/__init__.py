@@ -186,6 +186,8 @@ class Family:
     """latent frames, rows, columns per token"""
     grid: Callable[[Config], Grid]
     """codec config -> how pixels map to latents"""
+    lead_frames: Callable[[Config, int], int] = lambda config, num_frames: 0
+    """(network config, latent frames of the video) -> latent frames that are denoised in front of them and dropped"""
     latent_channels: Callable[[Config], int]
     """channels of the latents the network denoises (its input may have more)"""
     fits_text: Callable[[Config, Config], str | None]
@@ -201,7 +203,8 @@ class Family:
     lora_targets: tuple[str, ...]
     activation_bytes: Callable[[Config, VideoShape], int]
     """peak bytes of one forward of one sample in a 2-byte dtype"""
-    defaults: Defaults
+    defaults: Callable[[Config], Defaults]
+    """network config -> what its authors recommend"""
 
 
 class _Lazy(Mapping[str, Family]):
