@@ -361,7 +361,6 @@ class _Given:
                 do="make it with mask_to_latents",
             )
 
-
     def led_by(self, frames: int) -> _Given:
         """With the first latent frame this many more times in front."""
 

@@ -225,7 +225,7 @@ class _Lazy(Mapping[str, Family]):
         return len(self._names)
 
 
-FAMILIES: Mapping[str, Family] = _Lazy(("hunyuan",))
+FAMILIES: Mapping[str, Family] = _Lazy(("hunyuan", "cogvideox"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

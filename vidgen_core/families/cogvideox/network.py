@@ -327,7 +327,11 @@ class CogVideoXTransformer(nn.Module):
                 given=f"{num_text} tokens",
                 expected=f"{config.text_length} tokens, padded ones included",
             )
-        if config.positions != "sincos" and config.rope_fit == "slice" and (grid[1] > trained[1] or grid[2] > trained[2]):
+        if (
+            config.positions != "sincos"
+            and config.rope_fit == "slice"
+            and (grid[1] > trained[1] or grid[2] > trained[2])
+        ):
             raise SettingsError(
                 "The video is larger than this network can tell positions apart",
                 given=size,

@@ -78,6 +78,13 @@ def network_told(config: NetworkConfig, metadata: Mapping[str, str]) -> tuple[Ne
     Raises:
         CheckpointError: the config.json is damaged, or belongs to another network.
     """
+    if config.in_channels not in (config.out_channels, 2 * config.out_channels):
+        raise CheckpointError(
+            "This CogVideoX takes more than a text and a first frame, which is not supported",
+            given=f"{config.in_channels} input channels for {config.out_channels} output channels",
+            expected=f"{config.out_channels} (from text) or {2 * config.out_channels} (from a first frame)",
+            do="use one of the five releases of Zhipu AI; Fun, InP and control variants are other networks",
+        )
     if CONFIG_KEY not in metadata:
         return config, True
     try:
@@ -88,7 +95,11 @@ def network_told(config: NetworkConfig, metadata: Mapping[str, str]) -> tuple[Ne
 
 
 def _with_told(config: NetworkConfig, told: Mapping[str, Any]) -> NetworkConfig:
-    given = {"num_layers": config.num_layers, "in_channels": config.in_channels, "num_attention_heads": config.num_heads}
+    given = {
+        "num_layers": config.num_layers,
+        "in_channels": config.in_channels,
+        "num_attention_heads": config.num_heads,
+    }
     wrong = [f"{name} {told[name]}, not {own}" for name, own in given.items() if told.get(name, own) != own]
     if wrong:
         raise CheckpointError(
