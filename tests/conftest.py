@@ -120,7 +120,7 @@ def network_twin() -> Callable[[Any], Any]:
 def cogvideox_twin() -> Callable[[Any], Any]:
     """diffusers' CogVideoX transformer with the weights of one of ours, through the key map.
 
-    Its output layer's norm is given the eps of the official code; tests/test_cogvideox_network.py says what its own costs.
+    Its output layer's norm has the eps of the official code; tests/test_cogvideox_network.py says what its own costs.
     """
 
     def twin_of(network: Any) -> Any:

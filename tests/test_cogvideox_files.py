@@ -307,7 +307,11 @@ def lora_in(dialect: str, num_layers: int = 2, width: int = 64, rank: int = 4) -
 
 
 def with_lora(
-    weights: dict[str, Tensor], path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    weights: dict[str, Tensor],
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    alpha: float | None = None,
 ) -> Any:
     from safetensors.torch import save_file
 
@@ -317,7 +321,7 @@ def with_lora(
     save_file(tensors, path, metadata=metadata)
     network = CogVideoXTransformer(TINY).eval().requires_grad_(False)
     network.load_state_dict(weights)
-    return VideoModel.of("cogvideox", TINY, network).with_lora(read_lora(path))
+    return VideoModel.of("cogvideox", TINY, network).with_lora(read_lora(path, alpha=alpha))
 
 
 def ask(model: Any) -> Tensor:
@@ -343,3 +347,69 @@ def test_every_dialect_of_lora_is_the_same_change(weights: dict[str, Tensor], tm
     with torch.no_grad():
         expected = network(*given())
     torch.testing.assert_close(ask(model), expected, rtol=1e-4, atol=1e-4)
+
+
+TRAP = pytest.mark.parametrize(
+    ("dialect", "metadata", "alpha", "scale", "warns"),
+    [
+        ("peft", None, None, 1.0, True),
+        ("peft", None, 2.0, 0.5, False),
+        ("peft", {"lora_alpha": "2", "r": "4"}, None, 0.5, False),
+        ("peft", {"lora_alpha": "2", "r": "4"}, 100.0, 0.5, False),
+        ("peft", {"lora_adapter_metadata": '{"transformer.lora_alpha": 2, "transformer.r": 4}'}, None, 0.5, False),
+        ("sat", None, None, 1.0, True),
+        ("sat", None, 1.0, 0.25, False),
+        ("kohya", None, 2.0, 1.0, False),
+    ],
+)
+
+
+@TRAP
+def test_a_lora_that_does_not_say_its_alpha(
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    dialect: str,
+    metadata: dict[str, str] | None,
+    alpha: float | None,
+    scale: float,
+    warns: bool,
+) -> None:
+    """PEFT's files of CogVideoX were trained with alpha 64 at rank 128 and often do not say so; SAT's with alpha 1."""
+    model = with_lora(weights, tmp_path / "a.safetensors", lora_in(dialect), metadata, alpha)
+    lora = model.loras[0].lora
+    assert {patch.change.scale for patch in lora.patches} == {scale}
+    assert lora.report.alphas == (scale * 4,)
+    assert ("does not say its alpha" in caplog.text) == warns
+
+
+def test_hunyuans_trainers_mean_the_rank(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    from vidgen.vidgen_core.weights.lora import read_lora
+
+    path = tmp_path / "a.safetensors"
+    with_lora(weights, path, lora_in("peft"))
+    assert not read_lora(path).tells_alpha
+    assert FAMILIES["hunyuan"].lora_alpha_note == ""
+
+
+def test_a_lora_of_another_size_or_family_is_refused(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another size"):
+        with_lora(weights, tmp_path / "a.safetensors", lora_in("peft", width=32))
+    other = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 64),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(64, 4),
+    }
+    with pytest.raises(CheckpointError, match="Nothing in this LoRA belongs"):
+        with_lora(weights, tmp_path / "b.safetensors", other)
+
+
+def test_inspecting_a_lora_names_the_family(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from vidgen.vidgen_core.model import inspect_lora
+
+    for dialect in ("peft", "sat", "kohya"):
+        path = tmp_path / f"{dialect}.safetensors"
+        save_file(lora_in(dialect), path)
+        info = inspect_lora(read_header(path))
+        assert (info["family"], info["num_modules"], info["unmatched"]) == ("cogvideox", 4, [])

@@ -114,6 +114,8 @@ class VideoModel:
                 "%s: %d of %d keys belong to no module of %s and do nothing: %s",
                 *(bound.report.name, len(unmatched), bound.report.num_keys, self.family.title, some),
             )
+        if note := self.alpha_note(lora):
+            log.warning("%s", note)
         made_for = bound.report.made_for
         if made_for is not None and self.family.name not in made_for.lower():
             # Some models share names and sizes (Flux and HunyuanVideo do), so that only the file's word tells.
@@ -123,6 +125,11 @@ class VideoModel:
             channels = max(config.in_channels, *use.widened.values())
             config = replace(config, in_channels=channels)
         return replace(self, config=config, loras=(*self.loras, use))
+
+    def alpha_note(self, lora: Lora) -> str:
+        """What the user must know of a LoRA that does not say its alpha; empty if there is nothing."""
+        note = self.family.lora_alpha_note
+        return f"{lora.path.name} does not say its alpha: {note}" if note and not lora.tells_alpha else ""
 
     def with_compile(self, mode: str = "default") -> VideoModel:
         """This model with blocks that are compiled when they first run, around the same network.

@@ -201,6 +201,8 @@ class Family:
     keep_fp32: tuple[str, ...]
     """module paths that stay in float32 whatever the storage dtype is"""
     lora_targets: tuple[str, ...]
+    lora_alpha_note: str = ""
+    """what to know of a LoRA that does not say its alpha; empty where its trainers mean the rank"""
     activation_bytes: Callable[[Config, VideoShape], int]
     """peak bytes of one forward of one sample in a 2-byte dtype"""
     defaults: Callable[[Config], Defaults]

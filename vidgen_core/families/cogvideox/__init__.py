@@ -116,6 +116,10 @@ FAMILY = Family(
     block_rules=BLOCK_RULES,
     keep_fp32=(),
     lora_targets=("query_key_value", "dense"),
+    lora_alpha_note=(
+        "taken as its rank. Trainers of CogVideoX often use alpha 64 at rank 128, and SAT uses alpha 1: if the LoRA "
+        "acts too strongly, set alpha to what it was trained with"
+    ),
     activation_bytes=_activation_bytes,
     defaults=defaults,
 )

@@ -1,4 +1,4 @@
-"""How CogVideoX takes a given first frame: its latents are stacked onto the channels of latent frame 0, zeros elsewhere.
+"""How CogVideoX takes a given first frame: on the channels, its latents at latent frame 0 and zeros elsewhere.
 
 Version 1.5 reads two latent frames as one token. A video has an odd number of them, so one more runs along in front,
 in training a copy of the first. The picture belongs to that one; it is dropped before decoding. Sources: the CogVideo
