@@ -88,7 +88,7 @@ class KeyMap:
         foreign: what the other layout is called in messages.
         prefixes: stripped from foreign names where all of them carry it (a wrapper's ``model.``).
         only_prefixes: as ``prefixes``, where some names carry it; the others belong to something else and are left out.
-        ignored: patterns of foreign names, after the prefix, that hold nothing which the network does not know itself.
+        unneeded: names, behind a prefix, that are known and left out; one that ends in a dot stands for all below it.
     """
 
     def __init__(
@@ -98,10 +98,11 @@ class KeyMap:
         foreign: str,
         prefixes: Sequence[str] = (),
         only_prefixes: Sequence[str] = (),
-        ignored: Sequence[str] = (),
+        unneeded: Sequence[str] = (),
     ) -> None:
         self.title = foreign
-        self._ignored = [_compile(pattern) for pattern in ignored]
+        self._unneeded = frozenset(name for name in unneeded if not name.endswith("."))
+        self._unneeded_below = tuple(name for name in unneeded if name.endswith("."))
         self._prefixes = sorted(prefixes, key=len, reverse=True)
         self._only_prefixes = tuple(only_prefixes)
         self._native = _Side([(row.native, row, 0) for row in rows])
@@ -171,9 +172,11 @@ class KeyMap:
     def _places(self, foreign: Iterable[str]) -> list[tuple[str, _Place]]:
         names = list(foreign)
         prefix = self._prefix(names)
-        own = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
-        known = {name: bare for name, bare in own.items() if not any(p.fullmatch(bare) for p in self._ignored)}
-        return [(name, self._find(self._foreign, bare, self.title)) for name, bare in known.items()]
+        own = [name for name in names if name.startswith(prefix) and not self._is_unneeded(name[len(prefix) :])]
+        return [(name, self._find(self._foreign, name[len(prefix) :], self.title)) for name in own]
+
+    def _is_unneeded(self, name: str) -> bool:
+        return name in self._unneeded or name.startswith(self._unneeded_below)
 
     def _prefix(self, names: Iterable[str]) -> str:
         names = list(names)

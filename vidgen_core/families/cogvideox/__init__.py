@@ -21,7 +21,7 @@ from .config import NetworkConfig, defaults
 from .keyframes import RULES, lead_frames
 from .keys import LAYOUTS
 from .network import CogVideoXTransformer
-from .pending import CODEC, TEXT, TEXT_ASSEMBLY, CodecConfig, TextConfig, build_codec
+from .parts import CODEC, T5, TEXT, TEXT_ASSEMBLY, CodecConfig, TextConfig, build_codec
 from .recognise import network_config, network_told
 
 OFFSET = 2.0
@@ -99,6 +99,7 @@ FAMILY = Family(
         ),
         "codec": CODEC,
         "text": TEXT,
+        "t5": T5,
     },
     text=TEXT_ASSEMBLY,
     diffusion=_diffusion,

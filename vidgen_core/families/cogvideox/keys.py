@@ -77,11 +77,11 @@ def sat_layout(*, learned: bool) -> KeyMap:
         ],
         foreign="SAT",
         only_prefixes=_PREFIXES[:2],
-        ignored=(
+        unneeded=(
             "mixins.pos_embed.freqs_sin",
             "mixins.pos_embed.freqs_cos",
-            "transformer.position_embeddings",
-            "transformer.word_embeddings",
+            "transformer.position_embeddings.",
+            "transformer.word_embeddings.",
             *(() if learned else (table,)),
         ),
     )

@@ -27,9 +27,10 @@ def _not_yet(*_: Any) -> NoReturn:
 
 
 CODEC = Part(config=CodecConfig, build=_not_yet, recognise=lambda shapes: None)
+T5 = Part(config=TextConfig, build=_not_yet, recognise=lambda shapes: None)
 TEXT = Part(config=TextConfig, build=_not_yet, recognise=lambda shapes: None)
 TEXT_ASSEMBLY = TextAssembly(
-    parts=("text",),
+    parts=("text", "t5"),
     config=_not_yet,
     tokenizers=_not_yet,
     join=_not_yet,
