@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vidgen.vidgen_core.caching import StepCache
 from vidgen.vidgen_core.errors import Cancelled, SettingsError
 from vidgen.vidgen_core.families import FAMILIES
 from vidgen.vidgen_core.families.cogvideox.config import (
@@ -32,12 +33,16 @@ from vidgen.vidgen_core.guidance import cfg_schedule
 from vidgen.vidgen_core.keyframes import LatentKeyframe
 from vidgen.vidgen_core.memory.host import LocalHost
 from vidgen.vidgen_core.model import VideoModel
+from vidgen.vidgen_core.nn.backends import AttentionChoice
+from vidgen.vidgen_core.nn.sliding_tiles import SlidingTiles
 from vidgen.vidgen_core.noise import NoiseStream
 from vidgen.vidgen_core.preview import LatentRGB
 from vidgen.vidgen_core.sampling import sample
 from vidgen.vidgen_core.text.features import TextFeatures
 from vidgen.vidgen_core.timesteps import schedule
+from vidgen.vidgen_core.tricks import Enhance, Riflex, Tricks, WeakPass
 from vidgen.vidgen_core.types import Conditioning
+from vidgen.vidgen_core.windows import Windows
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -486,20 +491,74 @@ def test_native_conditioning_must_be_t5s() -> None:
         native(TINY, torch.zeros(1, 5, 25), None, None)
 
 
-# --- tricks that stand around the blocks ------------------------------------------------------------------------------
+# --- what stands around the blocks ------------------------------------------------------------------------------------
 
 
-def test_step_caches_weak_passes_and_tiles_stand_around_its_blocks() -> None:
-    from vidgen.vidgen_core.caching import StepCache
-    from vidgen.vidgen_core.nn.backends import AttentionChoice
-    from vidgen.vidgen_core.tricks import Tricks
+@pytest.fixture(scope="module")
+def plain_run() -> tuple[VideoModel, Tensor]:
+    model = build(NETWORKS["1.5_5b"])
+    return model, run_of(model)
 
-    model = build(NETWORKS["5b"])
-    settings = Sampling(num_steps=4, cfg=1.0, seed=1)
-    plain = sample_latents(model, model.conditioning(PROMPT), None, LATENTS, settings)
-    cached = model.with_tricks(Tricks(cache=StepCache(method="first_block", threshold=1e9)))
-    ours = sample_latents(cached, model.conditioning(PROMPT), None, LATENTS, settings)
-    assert relative(ours, plain) > 1e-4
-    chosen = model.with_attention(AttentionChoice())
-    same = sample_latents(chosen, model.conditioning(PROMPT), None, LATENTS, settings)
-    assert relative(same, plain) <= PARITY
+
+def run_of(model: VideoModel) -> Tensor:
+    settings = Sampling(num_steps=4, sampler="ddim", cfg=1.0, seed=1)
+    return sample_latents(model, model.conditioning(PROMPT), None, LATENTS, settings)
+
+
+@pytest.mark.parametrize(
+    "tricks",
+    [
+        Tricks(cache=StepCache(method="first_block", threshold=1e9)),
+        Tricks(cache=StepCache(method="teacache", threshold=1e9)),
+        Tricks(skip_layers=WeakPass(blocks="layers.1")),
+        Tricks(stg=WeakPass(blocks="1", attention_only=True)),
+        Tricks(enhance=Enhance(weight=4.0)),
+    ],
+    ids=lambda tricks: next(iter(tricks.identity)),
+)
+def test_tricks_know_its_blocks(tricks: Tricks, plain_run: tuple[VideoModel, Tensor]) -> None:
+    model, plain = plain_run
+    changed = run_of(model.with_tricks(tricks))
+    assert bool(changed.isfinite().all())
+    assert relative(changed, plain) > 1e-5
+    assert torch.equal(run_of(model), plain)
+
+
+@pytest.mark.parametrize(("window", "differs"), [((1, 3, 3), False), ((1, 1, 1), True)])
+def test_sliding_tiles_know_which_tokens_are_the_videos(
+    window: tuple[int, int, int], differs: bool, plain_run: tuple[VideoModel, Tensor]
+) -> None:
+    model, plain = plain_run
+    tiles = SlidingTiles(tile=(2, 2, 2), window=window)
+    far = relative(run_of(model.with_attention(AttentionChoice(tiles=tiles))), plain)
+    assert far > 1e-4 if differs else far <= PARITY
+
+
+def test_compiled_blocks_compute_the_same(plain_run: tuple[VideoModel, Tensor]) -> None:
+    model, plain = plain_run
+    assert relative(run_of(model.with_compile()), plain) <= PARITY
+
+
+def test_windows_of_1_5_hold_whole_tokens(plain_run: tuple[VideoModel, Tensor]) -> None:
+    model, _ = plain_run
+    long = (1, 4, 7, 6, 8)
+    windowed = model.with_tricks(Tricks(windows=Windows(size=4, overlap=2)))
+    settings = Sampling(num_steps=2, sampler="ddim", cfg=1.0)
+    assert sample_latents(windowed, model.conditioning(PROMPT), None, long, settings).shape == long
+    with pytest.raises(SettingsError, match="reads 2 latent frames as one"):
+        model.with_tricks(Tricks(windows=Windows(size=5)))
+
+
+def test_riflex_slows_a_frequency_of_a_long_video(plain_run: tuple[VideoModel, Tensor]) -> None:
+    model, _ = plain_run
+    long, settings = (1, 4, 13, 6, 8), Sampling(num_steps=1, sampler="ddim", cfg=1.0)
+    plain, slow = (
+        sample_latents(one, one.conditioning(PROMPT), None, long, settings)
+        for one in (model, model.with_tricks(Tricks(riflex=Riflex(trained_length=4))))
+    )
+    assert relative(slow, plain) > 1e-5
+
+
+def test_a_fixed_table_has_no_time_to_stretch() -> None:
+    with pytest.raises(SettingsError, match="does not rotate its frame axis"):
+        build(NETWORKS["2b"]).with_tricks(Tricks(riflex=Riflex()))

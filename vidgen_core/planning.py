@@ -328,7 +328,9 @@ def _conditioning(
 ) -> Conditioning:
     batch = shape[0]
     more = getattr(config, "in_channels", channels) - channels
-    num_tokens = getattr(config, "text_length", num_tokens)  # of networks that are told all of them, whatever the prompt
+    num_tokens = getattr(
+        config, "text_length", num_tokens
+    )  # of networks that are told all of them, whatever the prompt
     with torch.device("meta"):
         return Conditioning(
             context=torch.zeros(batch, num_tokens, widths[0]),
