@@ -35,7 +35,7 @@ from .render import MIB, forget_peak, machine, peak_bytes, status_bytes, watched
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = {"hunyuan": "compare_hunyuan"}
+FAMILIES = {"hunyuan": "compare_hunyuan", "cogvideox": "compare_cogvideox"}
 """family -> the module beside this one whose ``contest(setting)`` builds both sides"""
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 BUSY_LOAD = 0.5

@@ -1,10 +1,11 @@
-"""Does a published 13 B network run in the memory of a laptop? Peak memory and seconds of one real forward.
+"""Does a published network run in the memory of a laptop? Peak memory and seconds of one real forward.
 
-A float8 checkpoint of HunyuanVideo's full size with random weights is written to a temporary folder (about 13 GB,
-deleted afterwards), loaded with block streaming, and asked once on the CPU. Loading and asking run in a process of
-their own, so that the peak is theirs.
+A float8 checkpoint of a family's full size with random weights is written to a temporary folder (HunyuanVideo's has
+13 GB, CogVideoX's 5.6 GB; deleted afterwards), loaded with block streaming, and asked once on the CPU. Loading and
+asking run in a process of their own, so that the peak is theirs.
 
     python -m vidgen.benchmarks.full_size --json benchmarks/results/full_size.json
+    python -m vidgen.benchmarks.full_size --family cogvideox
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from .render import machine, peak_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..vidgen_core.families.hunyuan.config import NetworkConfig
+    from ..vidgen_core.families import Config
 
 GIB = 2**30
-BAR_BYTES = 5 * GIB
+BAR_BYTES = {"hunyuan": 5 * GIB, "cogvideox": 3 * GIB}
 """what the whole process may take at its peak"""
 PAGE = 1 << 22
 """random numbers are drawn once for this many weights and repeated"""
 LATENTS = (1, 16, 2, 24, 24)
 """two latent frames of 24 x 24: 288 video tokens"""
-NUM_TEXT_TOKENS = 64
+NUM_TEXT_TOKENS = {"hunyuan": 64, "cogvideox": 226}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -90,8 +91,8 @@ def write_random(
     return path.stat().st_size
 
 
-def write_checkpoint(path: Path, config: NetworkConfig, *, seed: int = 0) -> int:
-    """A safetensors file with Tencent's names: float8 and ComfyUI's scales in the blocks' linear layers, else bfloat16.
+def write_checkpoint(path: Path, config: Config, *, seed: int = 0) -> int:
+    """A safetensors file with native names: float8 and ComfyUI's scales in the blocks' linear layers, else bfloat16.
 
     Returns:
         its size in bytes.
@@ -101,14 +102,16 @@ def write_checkpoint(path: Path, config: NetworkConfig, *, seed: int = 0) -> int
     """
     import torch
 
-    from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
+    from ..vidgen_core.families import FAMILIES
     from ..vidgen_core.weights.records import scale_name
 
+    family = next(f for f in FAMILIES.values() if isinstance(config, f.parts["network"].config))
     with torch.device("meta"):
-        weights = HunyuanVideoTransformer(config).state_dict()
+        weights = family.parts["network"].build(config, {}).state_dict()
     entries: list[Entry] = []
+    blocks = tuple(f"{path}." for path in family.blocks)
     for name, tensor in weights.items():
-        is_small = "_blocks." in name and name.endswith(".weight") and tensor.ndim == 2
+        is_small = name.startswith(blocks) and name.endswith(".weight") and tensor.ndim == 2
         entries.append((name, tuple(tensor.shape), "F8_E4M3" if is_small else "BF16"))
         if is_small:
             entries.append((scale_name(name), (), "F32"))
@@ -151,9 +154,10 @@ def measure(path: Path) -> dict[str, Any]:
     peak_after_load = peak_bytes()
 
     generator = torch.Generator().manual_seed(1)
+    family = model.family.name
     cond = Conditioning(
-        context=torch.randn(1, NUM_TEXT_TOKENS, model.config.text_width, generator=generator),
-        pooled=torch.randn(1, model.config.pooled_width, generator=generator),
+        context=torch.randn(1, NUM_TEXT_TOKENS[family], model.config.text_width, generator=generator),
+        pooled=torch.randn(1, getattr(model.config, "pooled_width", 0), generator=generator),
         scalars={"guidance": torch.tensor([6.0])},
     )
     noise = torch.randn(LATENTS, generator=generator)
@@ -163,9 +167,10 @@ def measure(path: Path) -> dict[str, Any]:
     seconds["forward"] = time.perf_counter() - started
     patch = model.config.patch
     return {
-        **cost(seconds, peak_after_load, BAR_BYTES),
+        "family": family,
+        **cost(seconds, peak_after_load, BAR_BYTES[family]),
         "video_tokens": flow[0, 0].numel() // (patch[0] * patch[1] * patch[2]),
-        "text_tokens": NUM_TEXT_TOKENS,
+        "text_tokens": NUM_TEXT_TOKENS[family],
         "output": {
             "shape": list(flow.shape),
             "finite": bool(flow.isfinite().all()),
@@ -208,7 +213,7 @@ def commit() -> str | None:
         return None
 
 
-def run(config: NetworkConfig, folder: Path | None) -> dict[str, Any]:
+def run(config: Config, folder: Path | None) -> dict[str, Any]:
     """Write, load, ask, delete; the whole report."""
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -227,6 +232,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m vidgen.benchmarks.full_size", description=(__doc__ or "").split("\n")[0]
     )
+    parser.add_argument("--family", choices=tuple(BAR_BYTES), default="hunyuan")
+    parser.add_argument("--layers", type=int, help="CogVideoX's blocks, for a trial (42 by default)")
     parser.add_argument("--double", type=int, help="double blocks, for a trial (20 by default)")
     parser.add_argument("--single", type=int, help="single blocks, for a trial (40 by default)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written; the system's temporary folder")
@@ -240,10 +247,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.once is not None:
         print(json.dumps(measure(arguments.once)))
         return
+    from ..vidgen_core.families.cogvideox.config import T2V_5B
     from ..vidgen_core.families.hunyuan.config import T2V_720P
 
-    depth = {"num_double_blocks": arguments.double, "num_single_blocks": arguments.single}
-    config = replace(T2V_720P, **{name: number for name, number in depth.items() if number is not None})
+    base, depth = T2V_720P, {"num_double_blocks": arguments.double, "num_single_blocks": arguments.single}
+    if arguments.family == "cogvideox":
+        base, depth = T2V_5B, {"num_layers": arguments.layers}
+    config = replace(base, **{name: number for name, number in depth.items() if number is not None})
     tell(lambda: run(config, arguments.folder), arguments.json)
 
 

@@ -266,7 +266,7 @@ def _published() -> dict[str, Any]:
         config = family.parts["network"].config()
         with torch.device("meta"):
             network = family.parts["network"].build(config, {})
-        defaults = family.defaults
+        defaults = family.defaults(config)
         shape = VideoShape(num_frames=defaults.num_frames, height_px=defaults.height_px, width_px=defaults.width_px)
         num_parameters = sum(parameter.numel() for parameter in network.parameters())
         needs[name] = {

@@ -121,7 +121,7 @@ class ImageToVideo:
         )
         methods = (
             "How the network is given the image: auto, as its file says. token_replace: for HunyuanVideo-I2V v2, whose "
-            "file does not say it."
+            "file does not say it. raw_latents: CogVideoX1.5 as its official code is told the image."
         )
         frames = {"default": 17, "min": 1, "max": 1025, "step": 4, "tooltip": "Frames of the video: 5, 9, 13, 17, ..."}
         return {
@@ -136,7 +136,7 @@ class ImageToVideo:
                 "size": (["exact", "nearest", "image", "720p", "540p", "360p"], {"default": "exact", "tooltip": sizes}),
                 "fit": FIT,
                 "mode": (["stability", "dynamic"], {"default": "stability", "tooltip": modes}),
-                "method": (["auto", "token_replace"], {"default": "auto", "tooltip": methods}),
+                "method": (["auto", "token_replace", "raw_latents"], {"default": "auto", "tooltip": methods}),
                 "batch_size": (
                     "INT",
                     {"default": 1, "min": 1, "max": 64, "tooltip": "Videos at once; video i has the seed + i."},

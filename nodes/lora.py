@@ -33,6 +33,10 @@ class ApplyLora:
             "Strengths of blocks, such as 'double_blocks.*: 1, single_blocks.0-9: 0.5', or 'double_blocks only'. "
             "Empty: the same everywhere."
         )
+        alpha = {"default": 0.0, "min": 0.0, "max": 4096.0, "step": 1.0, "round": 0.001} | {
+            "tooltip": "The alpha it was trained with, where the file does not say it. 0: its rank. CogVideoX's "
+            "trainers use 64 at rank 128.",
+        }
         return {
             "required": {
                 "model": (MODEL, {"tooltip": "The diffusion network."}),
@@ -43,17 +47,20 @@ class ApplyLora:
                 ),
                 "mode": (MODES, {"default": "auto", "tooltip": mode_tooltip}),
                 "blocks": ("STRING", {"default": "", "multiline": False, "tooltip": blocks_tooltip}),
-            }
+            },
+            "optional": {"alpha": ("FLOAT", alpha)},
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name: str) -> bool | str:
         return found("lora", lora_name)
 
-    def apply(self, model: Any, lora_name: str, strength: float, mode: str, blocks: str) -> tuple[Any]:
+    def apply(self, model: Any, lora_name: str, strength: float, mode: str, blocks: str, alpha: float = 0.0) -> Any:
         from ..vidgen_core.lora import BlockStrengths
         from ..vidgen_core.weights.lora import read_lora
         from .host import current
 
-        lora = read_lora(current().find("lora", lora_name))
-        return (model.with_lora(lora, strength, blocks=BlockStrengths.parse(blocks), mode=mode),)
+        lora = read_lora(current().find("lora", lora_name), alpha=alpha or None)
+        changed = model.with_lora(lora, strength, blocks=BlockStrengths.parse(blocks), mode=mode)
+        note = model.alpha_note(lora)  # which is in the log by now
+        return {"ui": {"text": (note,)}, "result": (changed,)} if note else (changed,)

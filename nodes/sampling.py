@@ -76,7 +76,7 @@ def choices(which: str) -> list[str]:
     from ..vidgen_core.timesteps import SCHEDULES
 
     if which == "cfg_schedule":
-        return list(CFG_SCHEDULES)
+        return [AUTO, *CFG_SCHEDULES]
     return [AUTO, *(SAMPLERS if which == "sampler" else SCHEDULES)]
 
 
@@ -143,7 +143,7 @@ class Sampler:
                 "negative": (COND, {"tooltip": "What the video should not show; needed where cfg is not 1."}),
                 "cfg_schedule": (
                     choices("cfg_schedule"),
-                    {"default": "constant", "tooltip": "How cfg changes along the run; interval is off outside of it."},
+                    {"default": AUTO, "tooltip": "How cfg changes along the run; interval is off outside of it."},
                 ),
                 "cfg_start": number(1.0, "The time at which cfg sets in: 1 is noise.", high=1.0, step=0.01),
                 "cfg_end": number(0.0, "The time at which cfg ends: 0 is the finished video.", high=1.0, step=0.01),
@@ -180,7 +180,7 @@ class Sampler:
         schedule: str,
         denoise: float,
         negative: EncodedPrompt | None = None,
-        cfg_schedule: str = "constant",
+        cfg_schedule: str = AUTO,
         cfg_start: float = 1.0,
         cfg_end: float = 0.0,
         cfg_rescale: float = 0.0,
@@ -205,7 +205,7 @@ class Sampler:
             shift=shift or mode.shift,
             guidance=guidance or None,
             cfg=cfg or None,
-            cfg_schedule=cfg_schedule,
+            cfg_schedule=None if cfg_schedule == AUTO else cfg_schedule,
             cfg_start=cfg_start,
             cfg_end=cfg_end,
             cfg_rescale=cfg_rescale,

@@ -116,6 +116,24 @@ def network_twin() -> Callable[[Any], Any]:
     return twin_of
 
 
+@pytest.fixture(scope="session")
+def cogvideox_twin() -> Callable[[Any], Any]:
+    """diffusers' CogVideoX transformer with the weights of one of ours, through the key map.
+
+    Its output layer's norm has the eps of the official code; tests/test_cogvideox_network.py says what its own costs.
+    """
+
+    def twin_of(network: Any) -> Any:
+        from vidgen.benchmarks.compare_cogvideox import diffusers_network
+        from vidgen.vidgen_core.families.cogvideox.keys import LAYOUTS
+
+        twin = diffusers_network(network.config)
+        twin.load_state_dict(LAYOUTS["diffusers"].to_foreign(network.state_dict()))
+        return twin.eval()
+
+    return twin_of
+
+
 # --- a model for every test -------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,25 @@ def test_both_sides_give_the_same_answer(setting: Setting, tmp_path: Path) -> No
     assert "from_float32" not in found
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cogvideox_gives_the_same_answer(dtype: str, tmp_path: Path) -> None:
+    contest = compare.contest_of("cogvideox", Setting(part="network", dtype=dtype, size="tiny"))
+    contest.prepare(tmp_path)
+    sides = {"ours": contest.ours(tmp_path), "peer": contest.peer(tmp_path)}
+    answers = {name: side.answer(side.run()) for name, side in sides.items()}
+    found = compare.agreement(answers, None if contest.exact is None else contest.exact(tmp_path))
+    assert found["relative"] <= (2e-6 if dtype == "fp32" else BF16_ROUNDING)
+    assert contest.bar == 1.00
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"), [("codec", "fp32"), ("text", "fp32"), ("loader", "fp32"), ("network", "fp8")]
+)
+def test_cogvideox_is_compared_by_its_network(part: str, dtype: str) -> None:
+    with pytest.raises(SettingsError):
+        compare.contest_of("cogvideox", Setting(part=part, dtype=dtype, size="tiny"))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("part", ["network", "loader"])
 def test_narrow_numbers_stay_near_float32_on_both_sides(part: str, dtype: str, tmp_path: Path) -> None:

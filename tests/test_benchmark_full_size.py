@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vidgen.benchmarks import full_size
 from vidgen.vidgen_core.errors import FileError
+from vidgen.vidgen_core.families.cogvideox.config import T2V_5B
 from vidgen.vidgen_core.families.hunyuan.config import T2V_720P
 from vidgen.vidgen_core.model import inspect_file
 
@@ -33,8 +35,14 @@ def test_the_checkpoint_is_a_network_of_the_asked_size(tmp_path: Path) -> None:
     assert info["dtypes"]["float8_e4m3fn"] == 32 * 32 * (36 + 2 * 15)  # each of two streams 18, a single block 15
 
 
-def test_one_forward_is_measured(tmp_path: Path) -> None:
-    full_size.write_checkpoint(tmp_path / "network.safetensors", TINY)
+TINY_COGVIDEOX = replace(
+    T2V_5B, hidden_size=32, num_heads=2, num_layers=2, rope_axes=(4, 6, 6), text_width=16, time_width=8
+)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_COGVIDEOX], ids=["hunyuan", "cogvideox"])
+def test_one_forward_is_measured(tmp_path: Path, config: Any) -> None:
+    full_size.write_checkpoint(tmp_path / "network.safetensors", config)
     report = full_size.measure(tmp_path / "network.safetensors")
     assert report["video_tokens"] == 288
     assert report["output"]["shape"] == list(full_size.LATENTS)

@@ -84,7 +84,7 @@ def test_generate_hands_every_option_on(tiny_bundle_dir: Path, tmp_path: Path) -
         "sampler": "heun",
         "schedule": "karras",
         "denoise": 1.0,
-        "cfg_schedule": "constant",
+        "cfg_schedule": "auto",
         "cfg_start": 1.0,
         "cfg_end": 0.0,
         "cfg_rescale": 0.0,

@@ -23,7 +23,7 @@ MAP = KeyMap(
         Row("blocks.*.qkv", ("layers.*.q", "layers.*.k", "layers.*.v")),
         Row("blocks.*.fused", ("layers.*.up", "layers.*.down"), parts=(1, 3)),
         Row("blocks.*.norm.weight", "layers.*.norm.scale"),
-        Row("head", "out", swap_halves=True),
+        Row("head", "out", chunk_order=(1, 0)),
     ],
     foreign="other",
     prefixes=("model.", "model.net."),

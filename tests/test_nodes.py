@@ -59,7 +59,7 @@ WIDGETS_FOREVER = {
     "VidGenEncodeVideo": ["fit", "method", "memory_gb"],
     "VidGenSaveVideo": ["fps", "filename_prefix", "format", "crf", "codec", "bit_depth"],
     "VidGenLoadVideo": ["video", "start_frame", "max_frames"],
-    "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks"],
+    "VidGenApplyLora": ["lora_name", "strength", "mode", "blocks", "alpha"],
     "VidGenAttention": [
         *("backend", "pattern", "tile_frames", "tile_rows", "tile_columns"),
         *("window_frames", "window_rows", "window_columns", "max_score_mb"),

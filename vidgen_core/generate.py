@@ -77,7 +77,7 @@ class Sampling:
     """the scale that a guidance-distilled network is told; others ignore it"""
     cfg: float | None = None
     """true classifier-free guidance; 1 is off and halves the work"""
-    cfg_schedule: str = "constant"
+    cfg_schedule: str | None = None
     """how the scale changes along the run, a key of ``guidance.CFG_SCHEDULES``"""
     cfg_start: float = 1.0
     """guidance begins at this time (1 is noise) ..."""
@@ -110,7 +110,7 @@ class Sampling:
 
     def resolved(self, defaults: Defaults) -> Sampling:
         """With the checkpoint's defaults filled in."""
-        names = ("num_steps", "sampler", "schedule", "shift", "guidance", "cfg", "negative_prompt")
+        names = ("num_steps", "sampler", "schedule", "shift", "guidance", "cfg", "cfg_schedule", "negative_prompt")
         return replace(self, **{name: getattr(defaults, name) for name in names if getattr(self, name) is None})
 
     def check(self, diffusion: Diffusion) -> Tensor:
@@ -127,7 +127,7 @@ class Sampling:
         _check_number("cfg", self.cfg, low=0.0, high=1e6)
         _check_number("cfg_rescale", self.cfg_rescale, low=0.0, high=1.0)
         _check_number("start_share", self.start_share, low=0.0, high=1.0)
-        cfg_schedule(self.cfg_schedule, self.cfg, start=self.cfg_start, end=self.cfg_end)
+        _cfg_scale(self)
         _check_whole("seed", self.seed, low=0, high=2**64 - 1)
         _check_whole("number of videos", self.num_videos, low=1, high=MAX_BATCH)
         if self.samples_at_once is not None:
@@ -364,6 +364,16 @@ class _Given:
                 do="make it with mask_to_latents",
             )
 
+    def led_by(self, frames: int) -> _Given:
+        """With the first latent frame this many more times in front."""
+
+        def lead(latents: Tensor | None) -> Tensor | None:
+            if latents is None or not frames or latents.shape[2] == 1:
+                return latents
+            return torch.cat([latents[:, :, :1].expand(-1, -1, frames, -1, -1), latents], dim=2)
+
+        return _Given(lead(self.start), lead(self.mask))
+
 
 def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
     return all(size in (1, other) for size, other in zip(small, large, strict=True))
@@ -386,6 +396,8 @@ def _sample(
     ts = settings.check(model.diffusion)
     given.check(shape, ts, settings)
     model.family.keyframes.check_conditioning(model.config, positive, shape)
+    lead = model.family.lead_frames(model.config, shape[2])
+    shape, given = (*shape[:2], shape[2] + lead, *shape[3:]), given.led_by(lead)
     state = SamplerState() if run is None else run.load()
     to_rgb = preview or model.preview
 
@@ -397,7 +409,7 @@ def _sample(
             run.keep(info.state)
         host.progress("sample", info.step, info.num_steps)
         if to_rgb is not None:
-            show(to_rgb, info.x0)
+            show(to_rgb, info.x0[:, :, lead:])
         host.check_cancelled()
 
     def steps(plan: _Plan) -> Tensor:
@@ -444,7 +456,7 @@ def _sample(
     with torch.inference_mode(), threads, patched, watched(host, model.network), saving:
         host.check_cancelled()
         host.progress("sample", state.step, len(ts) - 1)
-        return relieved(
+        latents = relieved(
             safe_steps,
             _Plan(settings, batch=shape[0]),
             SAMPLING_MEASURES,
@@ -452,6 +464,7 @@ def _sample(
             make_room=lambda: host.make_room(_activations(model, shape)),
             advice=lambda: _smaller(model, shape),
         )
+        return latents[:, :, lead:]
 
 
 class _Unfit(Exception):
@@ -687,7 +700,11 @@ def _denoisers(
 
 def _cfg_scale(settings: Sampling) -> ScaleAt:
     assert settings.cfg is not None
-    return cfg_schedule(settings.cfg_schedule, settings.cfg, start=settings.cfg_start, end=settings.cfg_end)
+    assert settings.cfg_schedule is not None
+    assert settings.num_steps is not None
+    num_steps = settings.num_steps if settings.sigmas is None else len(settings.sigmas) - 1
+    interval = {"start": settings.cfg_start, "end": settings.cfg_end}
+    return cfg_schedule(settings.cfg_schedule, settings.cfg, **interval, num_steps=num_steps)
 
 
 def _weak_stream(model: VideoModel, weak: WeakPass) -> Stream:

@@ -255,16 +255,23 @@ def _progress(t: float, start: float, end: float) -> float:
     return min(1.0, max(0.0, (start - t) / (start - end)))
 
 
+def dynamic(scale: float, *, start: float = 1.0, end: float = 0.0, num_steps: int = 50) -> ScaleAt:
+    """:func:`power_cosine` for start >= t >= end and 1 elsewhere."""
+    at = power_cosine(scale, num_steps)
+    return lambda t: at(t) if end <= t <= start else 1.0
+
+
 CFG_SCHEDULES: dict[str, Callable[..., ScaleAt]] = {
     "constant": lambda scale, *, start=1.0, end=0.0: constant(scale),
     "interval": interval,
     "linear": linear,
     "cosine": cosine,
+    "dynamic": dynamic,
 }
 
 
-def cfg_schedule(name: str, scale: float, *, start: float = 1.0, end: float = 0.0) -> ScaleAt:
-    """A guidance schedule by name; ``start`` > ``end`` are the times between which it acts.
+def cfg_schedule(name: str, scale: float, *, start: float = 1.0, end: float = 0.0, num_steps: int = 50) -> ScaleAt:
+    """A guidance schedule by name; ``start`` > ``end`` are the times between which it acts, ``num_steps`` is the run's.
 
     Raises:
         SettingsError: unknown name, a scale that is not a finite number, or 1 >= start > end >= 0 broken.
@@ -282,7 +289,8 @@ def cfg_schedule(name: str, scale: float, *, start: float = 1.0, end: float = 0.
             expected="1 >= start > end >= 0 (1 is noise, 0 is clean)",
             do="use start 1 and end 0 for the whole run",
         )
-    return CFG_SCHEDULES[name](scale, start=start, end=end)
+    steps = {"num_steps": num_steps} if name == "dynamic" else {}
+    return CFG_SCHEDULES[name](scale, start=start, end=end, **steps)
 
 
 def power_cosine(scale: float, num_steps: int, *, num_timesteps: int = 1000, power: float = 5.0) -> ScaleAt:

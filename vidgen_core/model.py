@@ -69,7 +69,7 @@ class VideoModel:
     def of(cls, family: str, config: Config, network: nn.Module, **kwargs: Any) -> VideoModel:
         """Around a network that was built here, e.g. for training. More fields may be given by name."""
         record = FAMILIES[family]
-        fields = {"diffusion": record.diffusion(config), "defaults": record.defaults, **kwargs}
+        fields = {"diffusion": record.diffusion(config), "defaults": record.defaults(config), **kwargs}
         return cls(family=record, config=config, network=network, **fields)
 
     @property
@@ -114,6 +114,8 @@ class VideoModel:
                 "%s: %d of %d keys belong to no module of %s and do nothing: %s",
                 *(bound.report.name, len(unmatched), bound.report.num_keys, self.family.title, some),
             )
+        if note := self.alpha_note(lora):
+            log.warning("%s", note)
         made_for = bound.report.made_for
         if made_for is not None and self.family.name not in made_for.lower():
             # Some models share names and sizes (Flux and HunyuanVideo do), so that only the file's word tells.
@@ -123,6 +125,11 @@ class VideoModel:
             channels = max(config.in_channels, *use.widened.values())
             config = replace(config, in_channels=channels)
         return replace(self, config=config, loras=(*self.loras, use))
+
+    def alpha_note(self, lora: Lora) -> str:
+        """What the user must know of a LoRA that does not say its alpha; empty if there is nothing."""
+        note = self.family.lora_alpha_note
+        return f"{lora.path.name} does not say its alpha: {note}" if note and not lora.tells_alpha else ""
 
     def with_compile(self, mode: str = "default") -> VideoModel:
         """This model with blocks that are compiled when they first run, around the same network.
@@ -601,7 +608,7 @@ def defaults_of(header: Header, found: Found) -> Defaults:
     """The defaults in a network's metadata, else the family's."""
     text = header.metadata.get("vidgen.defaults")
     if text is None:
-        return found.family.defaults
+        return found.family.defaults(found.config)
     return config_from_json(Defaults, text, where=str(header.path))
 
 

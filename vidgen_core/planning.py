@@ -300,6 +300,8 @@ def sample_cost(
 ) -> Cost:
     """Of one evaluation of the denoiser for a batch of latents (B, C, T, H, W), ``at_once`` samples a forward."""
     model = VideoModel.of(family.name, config, network)
+    frames = latent_shape[2] + family.lead_frames(config, latent_shape[2])
+    latent_shape = (*latent_shape[:2], frames, *latent_shape[3:])
     batch, channels = latent_shape[:2]
     size = min(at_once, batch)
     told = _conditioning(config, channels, (size, *latent_shape[1:]), widths, num_text_tokens, padded=False)
@@ -332,6 +334,9 @@ def _conditioning(
 ) -> Conditioning:
     batch = shape[0]
     more = getattr(config, "in_channels", channels) - channels
+    num_tokens = getattr(
+        config, "text_length", num_tokens
+    )  # of networks that are told all of them, whatever the prompt
     with torch.device("meta"):
         return Conditioning(
             context=torch.zeros(batch, num_tokens, widths[0]),

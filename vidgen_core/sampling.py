@@ -244,6 +244,18 @@ def dpmpp_2m(step: Step) -> tuple[Tensor, Tensor]:
     return (x + fresh * step.fresh_noise() if fresh > 0 else x), x0
 
 
+def cogvideox_dpm(step: Step) -> tuple[Tensor, Tensor]:
+    """:func:`dpmpp_2m` with the draws of CogVideoX's published sampler: a step of order 2 draws noise twice and uses
+    the second, the last step draws some that it does not need. So a seed stands for the same video."""
+    is_first = step.index == 0
+    spare = step.fresh_noise()
+
+    def draw() -> Tensor:
+        return spare if is_first else step.fresh_noise()
+
+    return dpmpp_2m(replace(step, fresh_noise=draw))
+
+
 def _step_ratio(r: Point, t: Point, s: Point) -> float:
     """h(t to s) / h(r to t) in log SNR; 0 when r is pure noise, which makes the step first order."""
     return (s.log_snr - t.log_snr) / (t.log_snr - r.log_snr)
@@ -316,6 +328,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(method=heun),
     "dpmpp_2m": Sampler(method=dpmpp_2m),
     "dpmpp_2m_sde": Sampler(method=dpmpp_2m, eta=1.0, takes_eta=True),
+    "cogvideox_dpm": Sampler(method=cogvideox_dpm, eta=1.0, takes_eta=True),
     "unipc": Sampler(method=unipc),
     "ddim": Sampler(method=euler, takes_eta=True),
 }

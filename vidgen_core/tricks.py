@@ -168,6 +168,13 @@ class Tricks:
                 given=f"{self.cfg_zero.zero_steps} zero steps for {family.title}",
                 expected="0 zero steps",
             )
+        step = family.patch(config)[0]
+        if self.windows is not None and self.windows.size % step:
+            raise SettingsError(
+                "The windows cannot be cut into the network's patches",
+                given=f"{self.windows.size} latent frames",
+                expected=f"a multiple of {step}, as {family.title} reads {step} latent frames as one",
+            )
         if self.riflex is not None:
             self._check_riflex(family, config, self.riflex)
         curve = None if self.cache is None else self.cache.curve

@@ -124,6 +124,7 @@ class Defaults:
     """true classifier-free guidance; 1 is off"""
     sampler: str = "euler"
     schedule: str = "simple"
+    cfg_schedule: str = "constant"
     negative_prompt: str = ""
 
 

@@ -187,6 +187,8 @@ class Family:
     """latent frames, rows, columns per token"""
     grid: Callable[[Config], Grid]
     """codec config -> how pixels map to latents"""
+    lead_frames: Callable[[Config, int], int] = lambda config, num_frames: 0
+    """(network config, latent frames of the video) -> latent frames that are denoised in front of them and dropped"""
     latent_channels: Callable[[Config], int]
     """channels of the latents the network denoises (its input may have more)"""
     fits_text: Callable[[Config, Config], str | None]
@@ -200,9 +202,12 @@ class Family:
     keep_fp32: tuple[str, ...]
     """module paths that stay in float32 whatever the storage dtype is"""
     lora_targets: tuple[str, ...]
+    lora_alpha_note: str = ""
+    """what to know of a LoRA that does not say its alpha; empty where its trainers mean the rank"""
     activation_bytes: Callable[[Config, VideoShape], int]
     """peak bytes of one forward of one sample in a 2-byte dtype"""
-    defaults: Defaults
+    defaults: Callable[[Config], Defaults]
+    """network config -> what its authors recommend"""
 
 
 class _Lazy(Mapping[str, Family]):
@@ -223,7 +228,7 @@ class _Lazy(Mapping[str, Family]):
         return len(self._names)
 
 
-FAMILIES: Mapping[str, Family] = _Lazy(("hunyuan",))
+FAMILIES: Mapping[str, Family] = _Lazy(("hunyuan", "cogvideox"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

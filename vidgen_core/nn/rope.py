@@ -77,6 +77,7 @@ def rope_table(
     num_plain: int = 0,
     device: torch.device,
     stretch: TimeStretch | None = None,
+    spans: tuple[tuple[float, float], ...] | None = None,
 ) -> Tensor:
     """Every token's rotations; kept for the last few grids, never part of a state dict.
 
@@ -87,6 +88,7 @@ def rope_table(
         num_plain: tokens after the grid (text) that are not rotated.
         device: where the tables live.
         stretch: of the frame axis, for videos longer than the network has learned.
+        spans: (first, end) of the positions on each axis, over which the tokens are spread; None counts them from 0.
 
     Returns:
         float32 (L, 1, sum(axes) / 2, 2) with L = prod(grid) + num_plain, ready to broadcast over heads: the cosine
@@ -100,7 +102,8 @@ def rope_table(
             frequencies = 1.0 / theta**ladder
             if axis == 0 and stretch is not None:
                 frequencies = stretch.frequencies(frequencies, size)
-            positions = torch.arange(size, device=device, dtype=torch.float32)
+            first, end = (0.0, float(size)) if spans is None else spans[axis]
+            positions = torch.linspace(first, end * (size - 1) / size, size, device=device, dtype=torch.float32)
             shape = [1, 1, 1, len(frequencies)]
             shape[axis] = size
             angles.append(torch.outer(positions, frequencies).view(shape).expand(*grid, -1))

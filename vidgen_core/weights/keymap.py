@@ -29,14 +29,15 @@ class Row:
     """one name, or the parts of a fused projection in the order of their output rows"""
     parts: tuple[float, ...] = ()
     """relative number of output rows of each part; empty for equal parts"""
-    swap_halves: bool = False
-    """the two halves of the output rows stand in the other order"""
+    chunk_order: tuple[int, ...] = ()
+    """which of as many equal chunks of the foreign output rows each of ours is; empty leaves them in place"""
     pointwise_dims: int = 0
     """the foreign weight is a convolution of one point with this many trailing dimensions of size 1, ours a matrix"""
 
     def __post_init__(self) -> None:
         names = self.names
         assert not self.parts or len(self.parts) == len(names), self
+        assert not self.chunk_order or len(names) == 1, self
         assert all(name.count("*") == self.native.count("*") for name in names), self
 
     @property
@@ -126,7 +127,7 @@ class KeyMap:
         return tuple(place.fill(name) for name in place.row.names)
 
     def to_native(self, foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename, join the parts of fused weights and undo swaps. Works on meta tensors.
+        """Rename, join the parts of fused weights and put rows in our order. Works on meta tensors.
 
         Raises:
             CheckpointError: an unknown name, or a fused weight that lacks a part; the message names it.
@@ -156,7 +157,7 @@ class KeyMap:
         return {name: place.fill(place.row.native) for name, place in self._places(foreign)}
 
     def to_foreign(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename, cut fused weights into their parts (views) and swap halves. Works on meta tensors.
+        """Rename, cut fused weights into their parts (views) and reorder rows. Works on meta tensors.
 
         Raises:
             CheckpointError: an unknown name.
@@ -203,10 +204,8 @@ class KeyMap:
 def _join(parts: list[Tensor], row: Row, name: str) -> Tensor:
     if row.pointwise_dims:
         parts = [part.flatten(-1 - row.pointwise_dims) if part.ndim > row.pointwise_dims else part for part in parts]
-    if row.swap_halves:
-        parts = [_swap(part) for part in parts]
     if len(parts) == 1:
-        return parts[0]
+        return _reordered(parts[0], row.chunk_order)
     if parts[0].ndim == 0:
         # A scale of the whole fused weight, repeated for each part.
         if any(not torch.equal(part, parts[0]) for part in parts[1:]):
@@ -222,7 +221,8 @@ def _join(parts: list[Tensor], row: Row, name: str) -> Tensor:
 def _cut(tensor: Tensor, row: Row, name: str) -> list[Tensor]:
     count = len(row.names)
     if count == 1:
-        tensor = _swap(tensor) if row.swap_halves else tensor
+        back = tuple(row.chunk_order.index(number) for number in range(len(row.chunk_order)))
+        tensor = _reordered(tensor, back)
         is_point = row.pointwise_dims and tensor.ndim > 1
         return [tensor.reshape(*tensor.shape, *[1] * row.pointwise_dims) if is_point else tensor]
     if tensor.ndim == 0:
@@ -238,6 +238,9 @@ def _cut(tensor: Tensor, row: Row, name: str) -> list[Tensor]:
     return list(tensor.split([int(size) for size in sizes]))
 
 
-def _swap(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
+def _reordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Chunk i of the result is chunk ``order[i]``; a scale of the whole weight stays."""
+    if not order or tensor.ndim == 0:
+        return tensor
+    chunks = tensor.chunk(len(order))
+    return torch.cat([chunks[number] for number in order])

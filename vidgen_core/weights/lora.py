@@ -55,6 +55,8 @@ class Lora:
     other_keys: tuple[str, ...] = ()
     """tensors that are no part of a LoRA as far as this program knows"""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    tells_alpha: bool = True
+    """false where it was neither in the file nor given, so that up @ down counts in full"""
 
 
 _LOW_RANK = (
@@ -113,8 +115,11 @@ def holds_lora(names: Iterable[str]) -> bool:
     return any((key := _parse_key(name)) is not None and key.style is not None for name in names)
 
 
-def read_lora(path: str | Path) -> Lora:
+def read_lora(path: str | Path, *, alpha: float | None = None) -> Lora:
     """Read a LoRA: safetensors, or a ``.pt`` of plain tensors.
+
+    Args:
+        alpha: of the factors of which the file says none; None: their rank.
 
     Raises:
         FileError: it is missing or cannot be read.
@@ -152,6 +157,8 @@ def read_lora(path: str | Path) -> Lora:
             do="save each adapter to a file of its own",
         )
     scaling = _PeftScaling.of(path, metadata, tensors)
+    told = scaling.alpha is not None or any("alpha" in fields for fields in grouped.values())
+    scaling = replace(scaling, assumed=alpha)
     num_parts = Counter(name for name, part in grouped if part is not None)
     entries = []
     for (name, part), fields in grouped.items():
@@ -164,6 +171,7 @@ def read_lora(path: str | Path) -> Lora:
         entries=tuple(entries),
         other_keys=tuple(others),
         metadata=metadata,
+        tells_alpha=told or alpha is not None or not any("up" in fields for fields in grouped.values()),
     )
 
 
@@ -209,6 +217,8 @@ class _PeftScaling:
     by_module: Mapping[str, float] = field(default_factory=dict)
     root: bool = False
     """divide by the root of the rank (rsLoRA)"""
+    assumed: float | None = None
+    """where nothing says it, also of factors in other spellings"""
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str], names: Iterable[str]) -> _PeftScaling:
@@ -239,6 +249,7 @@ class _PeftScaling:
     def scale(self, name: str, rank: int) -> float:
         own = [alpha for end, alpha in self.by_module.items() if name == end or name.endswith("." + end)]
         alpha = own[0] if own else self.alpha
+        alpha = self.assumed if alpha is None else alpha
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.root else rank)
 
 
@@ -281,7 +292,9 @@ def _scale(name: str, fields: Mapping[str, tuple[str, Tensor]], rank: int, scali
         # A trainer that is given alpha 0 takes the rank.
         return alpha / rank if alpha else 1.0
     is_peft = "up" in fields and ".lora_B" in fields["up"][0]
-    return scaling.scale(name, rank) if is_peft else 1.0
+    if is_peft or scaling.assumed is None:
+        return scaling.scale(name, rank) if is_peft else 1.0
+    return scaling.assumed / rank
 
 
 class _Fields:

@@ -183,5 +183,5 @@ FAMILY = Family(
     keep_fp32=("time_in", "vector_in", "guidance_in", "final_layer"),
     lora_targets=("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj", "linear1", "linear2"),
     activation_bytes=_activation_bytes,
-    defaults=DEFAULTS,
+    defaults=lambda config: DEFAULTS,
 )

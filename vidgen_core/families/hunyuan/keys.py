@@ -88,7 +88,7 @@ def diffusers_layout(mlp_ratio: float = 4.0) -> KeyMap:
             *_diffusers_single(mlp_ratio),
             Row("final_layer.linear", "proj_out"),
             # diffusers' continuous adaLN stores the scale first.
-            Row("final_layer.adaLN_modulation.1", "norm_out.linear", swap_halves=True),
+            Row("final_layer.adaLN_modulation.1", "norm_out.linear", chunk_order=(1, 0)),
         ],
         foreign="diffusers",
     )
