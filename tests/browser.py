@@ -39,7 +39,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert server.stdout is not None
         yield server.stdout.readline().split()[-1]
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait(START_S) == 0
 
 
 @pytest.fixture(scope="module")

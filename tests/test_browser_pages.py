@@ -16,11 +16,11 @@ import vidgen
 from vidgen.vidgen_core.media import write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
-from browser import RUN_S, START_S, Visit, address, browser, needs_browser, small, visit
+from browser import RUN_S, Visit, address, browser, needs_browser, small, visit
 
 pytestmark = needs_browser
 
-WAIT_MS = 1000 * START_S
+WAIT_MS = 1000 * RUN_S
 """for a plan; the machine may be busy"""
 
 
