@@ -28,6 +28,12 @@ def test_both_formats_make_the_same_frames(name: str) -> None:
     assert file.endswith(".mp4")
 
 
+def test_a_workflow_for_published_files_too(i2v_v1_models: Path) -> None:
+    changes = SMALL | {"VidGenImageToVideo": {"width": 32, "height": 32, "num_frames": 9, "size": "exact"}}
+    assert workflows.compare("hunyuan_i2v_v1", changes, [i2v_v1_models])["same"] is True
+    assert "No codec checkpoint" in workflows.compare("hunyuan_i2v_v1", changes)["why"]
+
+
 def test_encoded_prompts_are_the_same_too() -> None:
     row = workflows.compare("hunyuan_save_embeddings", SMALL)
     assert row["same"] is True, row
