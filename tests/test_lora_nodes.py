@@ -369,7 +369,7 @@ def test_inspect_says_what_a_lora_is(style: Path, folder: Path, capsys: pytest.C
     assert (info["kind"], info["family"], info["num_modules"], info["num_tensors"]) == ("LoRA", "hunyuan", 2, 8)
     assert len(info["unmatched"]) == 2
     assert main(["inspect", str(folder / "loras" / "cog.safetensors")]) == 0
-    assert "a CogVideoX LoRA" in capsys.readouterr().out
+    assert "LoRA for CogVideoX" in capsys.readouterr().out
 
 
 def test_inspect_of_a_broken_lora(style: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
