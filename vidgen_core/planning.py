@@ -7,6 +7,7 @@ there are is said here; :mod:`~vidgen_core.memory.plan` compares them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,7 +47,7 @@ Coding = Tiling | Bound | None
 LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
 CODEC_BYTES = 3_000_000
-"""code that convolutions bring into memory when they first run"""
+"""code that a decoder's convolutions bring into memory when they first run"""
 EXACT_BYTES = 8_000_000
 """what coding within a bound leaves between its strips"""
 FRAME_SHARE = 0.75
@@ -97,6 +98,8 @@ class _Weights:
     blocks: tuple[int, ...]
     """bytes of each block that may be streamed"""
     file_blocks: tuple[int, ...]
+    staging: tuple[int, ...]
+    """as ``weights.load`` reckons it, for each block as the largest one that is streamed"""
 
     @classmethod
     def of(cls, header: Header, found: Found, device: torch.device, wish: Wish, *, streamed: bool) -> _Weights:
@@ -117,6 +120,17 @@ class _Weights:
         sizes = [round(share * _num_bytes(block)) for block in blocks]
         dense, small = _num_bytes(module), sum(_num_bytes(block) for block in blocks)
         per_number = header.num_bytes / max(1, header.num_parameters)
+
+        def staging(block: nn.Module, size: int) -> int:
+            if device.type != "cpu":
+                return 2 * size
+            modules: Counter[str] = Counter()
+            for name, tensor in block.state_dict().items():
+                modules[name.rpartition(".")[0]] += tensor.numel()
+            joined = 1 if found.layout == "native" else 2
+            read = per_number * (modules.total() + joined * max(modules.values(), default=0))
+            return size * (1 if held is None else 2) + round(read)
+
         return cls(
             module=module,
             num_bytes=dense - small + sum(sizes),
@@ -126,28 +140,20 @@ class _Weights:
             file_blocks=tuple(
                 round(per_number * sum(tensor.numel() for tensor in block.state_dict().values())) for block in blocks
             ),
+            staging=tuple(map(staging, blocks, sizes)),
         )
 
     @property
     def outside(self) -> int:
         return self.num_bytes - sum(self.blocks)
 
-    @property
-    def is_cast(self) -> bool:
-        return sum(self.blocks) != sum(self.file_blocks)
-
-    def staging(self) -> list[int]:
-        """As ``weights.load`` reckons it, for each block as the largest one that is streamed."""
-        return [size + 2 * raw for size, raw in zip(self.blocks, self.file_blocks, strict=True)]
-
     def streamed(self, num_kept: int) -> tuple[int, int, int]:
         """(room to ask for, bytes that stay, bytes that pass) with about this many blocks resident."""
         number = len(self.blocks)
         kept = {i for i in range(number) if (i + 1) * num_kept // number > i * num_kept // number}
-        staging = self.staging()
         room = self.outside + sum(self.blocks[i] for i in kept)
-        room += max((staging[i] for i in range(number) if i not in kept), default=0)
-        kept = set(resident_blocks(self.blocks, staging, room - self.outside))
+        room += max((self.staging[i] for i in range(number) if i not in kept), default=0)
+        kept = set(resident_blocks(self.blocks, self.staging, room - self.outside))
         rest = [i for i in range(number) if i not in kept]
         passing = max((self.blocks[i] + self.file_blocks[i] for i in rest), default=0)
         return room, self.outside + sum(self.blocks[i] for i in kept), passing
@@ -607,7 +613,7 @@ class Planner:
                     lambda: decode_cost(remembering, latent_shape, coding, one_pass=work),
                 )
 
-            more = CODEC_BYTES + (EXACT_BYTES if isinstance(coding, Bound) else 0)
+            more = (CODEC_BYTES if what == "decode" else 0) + (EXACT_BYTES if isinstance(coding, Bound) else 0)
             ways.append(
                 Way(
                     name=name,

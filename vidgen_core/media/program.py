@@ -18,7 +18,8 @@ from ..memory.cancel import WAIT_S, check_cancelled
 
 _NUM_ERRNO = 40  # the file-related ones are all below
 _SIGXFSZ = getattr(signal, "SIGXFSZ", 0)  # a file grew past the limit of the process (ulimit -f)
-_DEMUXERS = "mov,matroska,avi,gif,webp_anim,webp_pipe,png_pipe,jpeg_pipe,bmp_pipe,mpegts,mpeg,flv,asf,ogg,wav,au,aiff,mp3,flac,aac"
+_PICTURES = "gif,webp_anim,webp_pipe,png_pipe,jpeg_pipe,bmp_pipe"
+_DEMUXERS = f"mov,matroska,avi,{_PICTURES},mpegts,mpeg,flv,asf,ogg,wav,au,aiff,mp3,flac,aac"
 READ_ONLY_ITSELF = ["-protocol_whitelist", "file", "-format_whitelist", _DEMUXERS]
 """options before an input file: no playlists, which name other files and other hosts"""
 _QUIET = {"SVT_LOG": "1"}  # SVT-AV1 has a voice of its own; 1 is errors
