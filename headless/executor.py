@@ -378,7 +378,7 @@ def _node_problems(prompt: Prompt, classes: Classes, node_id: str, declared: _De
 def value_problems(cls: type, inputs: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the plain values of a node, where some are missing or come through links."""
     plain = {name: value for name, value in inputs.items() if as_link(value) is None}
-    found = _node_problems({"": {"class_type": "", "inputs": plain}}, {"": cls}, "")
+    found = _node_problems({"": {"class_type": "", "inputs": plain}}, {"": cls}, "", _declared(cls))
     return [problem for problem in found if problem.kind != "required_input_missing"]
 
 

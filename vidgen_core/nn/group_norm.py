@@ -97,7 +97,8 @@ def _statistics(x: Tensor, num_groups: int, num_frames: int, dtype: torch.dtype)
 def _channel_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and variance of each sample and channel, each (B, C) float64."""
     if x.is_meta:  # as in GroupNorm.forward
-        return tuple(torch.empty(x.shape[:2], dtype=torch.float64, device="meta") for _ in range(2))
+        known = torch.empty(x.shape[:2], dtype=torch.float64, device="meta")
+        return known, known
     means, variances, lengths = [], [], []
     for piece in _pieces(x):
         numbers = piece.to(dtype)
