@@ -110,11 +110,12 @@ async def served(folder: Path) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of a server that knows these nodes."""
     import aiohttp
 
+    from ..headless.custom_nodes import Packs
     from ..headless.server.app import Server, ServerSettings
     from ..headless.server.start import new_runner
 
     settings = ServerSettings(folder=folder, has_page=False)
-    runner = new_runner(Server(settings, CLASSES, {}, dict.fromkeys(CLASSES, "benchmarks")))
+    runner = new_runner(Server(settings, Packs(CLASSES, {}, dict.fromkeys(CLASSES, "benchmarks"))))
     await runner.setup()
     try:
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -97,6 +97,8 @@ def test_generate_hands_every_option_on(tiny_bundle_dir: Path, tmp_path: Path) -
         "fps": 12.5,
         "filename_prefix": "video/VidGen",
         "format": "mp4",
+        "codec": "auto",
+        "bit_depth": "auto",
         "crf": 5,
     }
 

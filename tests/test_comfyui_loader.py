@@ -146,7 +146,7 @@ conds = [call("VidGenEncodePrompt", text_encoders=text, prompt=p, template="vide
 (images,) = call("VidGenDecode", vae=vae, latent=latent)
 shown = call("VidGenSaveVideo", images=images, fps=8.0, filename_prefix="video/VidGen", format="mp4", crf=17,
              prompt={"1": {}}, extra_pnginfo={"workflow": {}})
-again, fps, number = call("VidGenLoadVideo", video="output/video/VidGen_00001.mp4", start_frame=0, max_frames=0)
+again, fps, number, sound = call("VidGenLoadVideo", video="output/video/VidGen_00001.mp4", start_frame=0, max_frames=0)
 print(json.dumps({"shown": shown, "shape": list(again.shape), "nodes": sys.modules["nodes"] is foreign,
                   "known": "vidgen" in sys.modules or "vidgen_core" in sys.modules}))
 """

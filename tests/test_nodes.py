@@ -561,8 +561,8 @@ def test_the_main_path_inside_comfyui(comfy: SimpleNamespace, tmp_path: Path, ti
     previews = [preview for _, preview in sampling.updates if preview]
     assert len(previews) == 2
     kind, picture, size = previews[-1]
-    # Two latent frames of 4 x 6 beside each other, a latent as 16 px.
-    assert (kind, picture.size, size) == ("JPEG", (16 * 2 * 4, 16 * 6), 512)
+    # Two latent frames of 4 x 6 beside each other, large enough to see.
+    assert (kind, picture.size, size) == ("JPEG", (342, 256), 342)
     (images,) = Decode().decode(parts[1], latent)
     shown = SaveVideo().save(images, 8, "video/VidGen", "mp4", 17, prompt={}, extra_pnginfo={})["ui"]["images"][0]
     assert read_video(tmp_path / "output" / shown["subfolder"] / shown["filename"])[0].shape == (5, 48, 32, 3)

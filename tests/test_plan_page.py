@@ -151,7 +151,7 @@ def test_a_value_that_a_widget_would_not_take_is_told_instead(ask: Callable[[Any
 @pytest.mark.parametrize(
     ("node_id", "name", "value", "words"),
     [
-        ("1", "model_folder", "../../etc", "no such model"),
+        ("1", "model_folder", "../../no-such-folder", "no such model"),
         ("1", "model_folder", 5, "cannot be read"),
         ("1", "model_folder", {"a": 1}, "cannot be read"),
         ("1", "model_folder", ["2", 0], "not known which model_folder"),

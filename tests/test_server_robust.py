@@ -188,7 +188,7 @@ def test_a_body_that_is_too_large(server: Running, path: str) -> None:
 def test_chunks_that_lie(server: Running, body: bytes) -> None:
     head = b"POST /prompt HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer = server.raw(head + body)
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), answer[:200]
+    assert answer == b"" or answer.startswith((b"HTTP/1.0 4", b"HTTP/1.1 4")), answer[:200]
 
 
 junk = st.recursive(

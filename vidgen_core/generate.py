@@ -372,7 +372,7 @@ class _Given:
                 return latents
             return torch.cat([latents[:, :, :1].expand(-1, -1, frames, -1, -1), latents], dim=2)
 
-        return _Given(lead(self.start), lead(self.mask))
+        return _Given(lead(self.start), lead(self.mask), lead(self.until))
 
 
 def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import FileError
+from ..errors import FileError, UserError
 from ..memory.cancel import check_cancelled
 from ..memory.host import available_memory
 from .program import READ_ONLY_ITSELF, ffmpeg
@@ -65,6 +65,8 @@ def read_video(
                     given=f"{path.name}, {count} frames or more of {about.width} x {about.height} px",
                     do="read fewer frames of it, or make it smaller",
                 )
+    except UserError:
+        raise
     except (OSError, RuntimeError, StopIteration, SyntaxError, ValueError) as error:
         raise FileError(
             "The file holds no video that ffmpeg can read", given=path, expected="mp4, webm, mov, gif, ..."

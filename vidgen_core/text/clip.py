@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .library import importing
+
 if TYPE_CHECKING:
     from .dims import ClipDims
 
@@ -20,7 +22,8 @@ class ClipText(nn.Module):
 
     def __init__(self, dims: ClipDims) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel
+        with importing:
+            from transformers import CLIPTextConfig, CLIPTextModel
 
         model = CLIPTextModel(
             CLIPTextConfig(

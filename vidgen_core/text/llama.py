@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .library import importing
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -44,7 +46,8 @@ def build_llama(dims: LlamaDims) -> nn.Module:
 
     Parameter names are LlamaModel's own (``embed_tokens.weight``, ``layers.0.self_attn.q_proj.weight``, ...).
     """
-    from transformers import LlamaConfig, LlamaModel
+    with importing:
+        from transformers import LlamaConfig, LlamaModel
 
     num_layers = dims.num_layers - dims.skip_layers
     model = LlamaModel(

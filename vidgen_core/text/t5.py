@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .library import importing
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -43,7 +45,8 @@ def build_t5(dims: T5Dims) -> nn.Module:
     Parameter names are its own (``embed_tokens.weight``, ``block.0.layer.0.SelfAttention.q.weight``, ...); the
     embedding is there once.
     """
-    from transformers import T5Config, T5EncoderModel
+    with importing:
+        from transformers import T5Config, T5EncoderModel
 
     model = T5EncoderModel(
         T5Config(

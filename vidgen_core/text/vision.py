@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .library import importing
+
 if TYPE_CHECKING:
     from .dims import VisionDims
 
@@ -53,7 +55,8 @@ class LlavaVision(nn.Module):
 
     def __init__(self, dims: VisionDims) -> None:
         super().__init__()
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        with importing:
+            from transformers import CLIPVisionConfig, CLIPVisionModel
 
         model = CLIPVisionModel(
             CLIPVisionConfig(
