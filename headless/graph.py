@@ -7,7 +7,8 @@ numbered links, widget values in order): https://docs.comfy.org/specs/workflow_j
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .executor import Classes, Prompt, as_link, input_specs, order, output_names
@@ -18,6 +19,17 @@ _NODE_WIDTH_PX = 300
 _ROW_PX = 26  # one socket or one-line widget
 _TEXT_PX = 110  # a multi-line text widget
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a shipped workflow tells beside its graph."""
+
+    note: str
+    """Markdown"""
+    models: Sequence[Mapping[str, str]] = ()
+    """name, url and directory of files that are not in the box: the editor offers to fetch what is missing"""
+
+
 PACK_ID = "comfyui-vidgen"
 """the registry's name of this pack: ComfyUI-Manager offers it where our nodes are missing"""
 
@@ -25,8 +37,28 @@ _WIDGET_TYPES = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"})
 _SEEDS = frozenset({"seed", "noise_seed"})
 
 
-def to_ui(prompt: Prompt, classes: Classes) -> dict[str, Any]:
-    """The UI-format workflow (version 0.4) of ``prompt``: a column per step, each node right of what it needs."""
+_STAGES = {
+    "loaders": "Model",
+    "image": "Pictures",
+    "conditioning": "Prompt",
+    "latent": "Size and latents",
+    "tricks": "Tricks",
+    "sampling": "Sampling",
+    "video": "Video",
+}
+"""last part of a node's category -> what its group is called"""
+_COLOURS = ("#3f789e", "#8a8", "#b06634", "#88a", "#a1309b", "#8aa")
+_PADDING_PX, _HEAD_PX = 15, 80
+"""around the nodes of a group, and above them for a node's and the group's own title"""
+
+
+def to_ui(prompt: Prompt, classes: Classes, about: About | None = None) -> dict[str, Any]:
+    """The UI-format workflow (version 0.4) of ``prompt``: a column per step, each node right of what it needs, and a
+    group around the columns of a stage.
+
+    Args:
+        about: a note for people beside the graph, and where the files are that it loads.
+    """
     ids = _number(prompt)
     depth = _depths(prompt)
     links: list[list[Any]] = []
@@ -41,15 +73,23 @@ def to_ui(prompt: Prompt, classes: Classes) -> dict[str, Any]:
             output["links"].append(socket["link"])
             links.append([socket["link"], ids[link.node_id], link.output, ids[node_id], slot, output["type"]])
     _place(nodes, depth)
+    groups = _groups(prompt, classes, nodes, depth)
+    drawn = sorted(nodes.values(), key=lambda node: node["id"])
+    if about is not None:
+        for node in drawn:
+            known = [one for one in about.models if one["name"] in node["widgets_values"]]
+            if known:
+                node["properties"]["models"] = known
+        drawn.append(_note(about, max(ids.values(), default=0) + 1))
     return {
         # The same prompt gives the same id, and so the same file.
         "id": str(uuid.uuid5(uuid.NAMESPACE_OID, repr(sorted(prompt.items(), key=lambda item: item[0])))),
         "revision": 0,
-        "last_node_id": max(ids.values(), default=0),
+        "last_node_id": max((node["id"] for node in drawn), default=0),
         "last_link_id": len(links),
-        "nodes": sorted(nodes.values(), key=lambda node: node["id"]),
+        "nodes": drawn,
         "links": links,
-        "groups": [],
+        "groups": groups,
         "config": {},
         "extra": {},
         "version": 0.4,
@@ -144,3 +184,51 @@ def _place(nodes: Mapping[str, dict[str, Any]], depth: Mapping[str, int]) -> Non
         nodes[node_id]["pos"] = [40 + column * CELL_PX[0], 40 + bottom.get(column, 0)]
         nodes[node_id]["order"] = step
         bottom[column] = bottom.get(column, 0) + nodes[node_id]["size"][1] + 50
+
+
+def _groups(
+    prompt: Prompt, classes: Classes, nodes: Mapping[str, dict[str, Any]], depth: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """A frame around neighbouring columns of the same stages."""
+    columns: dict[int, list[str]] = {}
+    for node_id in nodes:
+        columns.setdefault(depth[node_id], []).append(node_id)
+    bands: list[tuple[str, list[str]]] = []
+    for _, members in sorted(columns.items()):
+        kinds = {str(getattr(classes[prompt[node_id]["class_type"]], "CATEGORY", "")) for node_id in members}
+        stages = [name for ending, name in _STAGES.items() if any(kind.endswith(ending) for kind in kinds)]
+        title = ", ".join([*stages[:1], *(name.lower() for name in stages[1:])]) or "Others"
+        if bands and bands[-1][0] == title:
+            bands[-1][1].extend(members)
+        else:
+            bands.append((title, members))
+    groups = []
+    for number, (title, members) in enumerate(bands):
+        boxes = [(*nodes[node_id]["pos"], *nodes[node_id]["size"]) for node_id in members]
+        left, top = (min(box[i] for box in boxes) for i in (0, 1))
+        right, bottom = (max(box[i] + box[i + 2] for box in boxes) for i in (0, 1))
+        size = [right - left + 2 * _PADDING_PX, bottom - top + _HEAD_PX + _PADDING_PX]
+        bounding = [left - _PADDING_PX, top - _HEAD_PX, *size]
+        colour = _COLOURS[number % len(_COLOURS)]
+        look = {"color": colour, "font_size": 24, "flags": {}}
+        groups.append({"id": number + 1, "title": title, "bounding": bounding, **look})
+    return groups
+
+
+def _note(about: About, number: int) -> dict[str, Any]:
+    """Left of the graph; the editor alone knows this kind of node."""
+    height = CELL_PX[1] + 26 * (2 + len(about.note) // 36 + about.note.count("\n"))
+    return {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [40 - CELL_PX[0], 40],
+        "size": [_NODE_WIDTH_PX, height],
+        "flags": {},
+        "order": number,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [about.note],
+        "title": "About",
+    }

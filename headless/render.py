@@ -15,7 +15,7 @@ from typing import Any
 from ..vidgen_core.errors import Cancelled, FileError, SettingsError
 from .events import Tell
 from .executor import Cache, Event, NodeError, Prompt, as_link, check, check_shape, describe, execute, input_specs
-from .graph import to_ui
+from .graph import About, to_ui
 from .progress import ProgressBar
 from .stop import Stop
 from .team import Member
@@ -64,6 +64,16 @@ def load_prompt(path: Path, classes: Mapping[str, type]) -> dict[str, dict[str, 
 def shipped(name: str) -> dict[str, dict[str, Any]]:
     """The API-format prompt ``workflows/api/NAME.json`` of the package."""
     return load_prompt(WORKFLOWS / "api" / f"{name}.json", {})
+
+
+def about(name: str) -> About:
+    """What is told beside the shipped workflow ``name``: ``workflows/notes``."""
+    notes = WORKFLOWS / "notes"
+    models = notes / f"{name}.models.json"
+    return About(
+        note=(notes / f"{name}.md").read_text("utf-8").strip(),
+        models=json.loads(models.read_text("utf-8")) if models.is_file() else (),
+    )
 
 
 def node_of(prompt: Prompt, class_type: str, title: str | None = None) -> str:

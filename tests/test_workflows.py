@@ -15,7 +15,7 @@ import vidgen
 from vidgen.headless.cli import main
 from vidgen.headless.executor import check, input_specs
 from vidgen.headless.graph import has_seed_control, is_widget, to_ui
-from vidgen.headless.render import shipped
+from vidgen.headless.render import about, shipped
 from vidgen.nodes.host import LocalNodeHost
 from vidgen.training.lora import Adapters, LoraSettings, write_loras
 from vidgen.vidgen_core.embeddings import Embeddings, save_embeddings
@@ -147,7 +147,7 @@ def test_there_are_workflows() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_both_formats_say_the_same(name: str) -> None:
     """The editor's file is drawn from the other one; after a change of a workflow or a node, draw it again."""
-    assert json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")) == to_ui(shipped(name), NODES)
+    assert json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")) == to_ui(shipped(name), NODES, about(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +158,7 @@ def test_the_editor_sends_what_was_drawn(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_drawing_is_readable(name: str) -> None:
     """Nodes do not cover each other, and every link goes from left to right."""
-    ui = to_ui(shipped(name), NODES)
+    ui = to_ui(shipped(name), NODES, about(name))
     nodes = {node["id"]: node for node in ui["nodes"]}
     for link in ui["links"]:
         source, target = nodes[link[1]], nodes[link[3]]
@@ -171,6 +171,18 @@ def test_the_drawing_is_readable(name: str) -> None:
                 a["pos"][i] + a["size"][i] < b["pos"][i] or b["pos"][i] + b["size"][i] < a["pos"][i] for i in (0, 1)
             ]
             assert a is b or any(apart)
+    inside = 0
+    for group in ui["groups"]:
+        x, y, width, height = group["bounding"]
+        assert group["title"]
+        for node in ui["nodes"]:
+            left, top = node["pos"]
+            within = x <= left and y <= top and left + node["size"][0] <= x + width
+            inside += within and top + node["size"][1] <= y + height
+        for other in ui["groups"]:
+            begin, end = other["bounding"][0], other["bounding"][0] + other["bounding"][2]
+            assert other is group or begin >= x + width or end <= x
+    assert inside == len(nodes) - 1  # each in one group, but for the note
 
 
 @pytest.mark.parametrize("name", RENDERED)
