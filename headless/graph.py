@@ -48,8 +48,9 @@ _STAGES = {
 }
 """last part of a node's category -> what its group is called"""
 _COLOURS = ("#3f789e", "#8a8", "#b06634", "#88a", "#a1309b", "#8aa")
-_PADDING_PX, _HEAD_PX = 15, 80
-"""around the nodes of a group, and above them for a node's and the group's own title"""
+_PADDING_PX, _HEAD_PX, _FOOT_PX = 15, 80, 130
+"""around the nodes of a group; above them for a node's and the group's own title; below them for what nodes grow by:
+plans and previews"""
 
 
 def to_ui(prompt: Prompt, classes: Classes, about: About | None = None) -> dict[str, Any]:
@@ -80,7 +81,8 @@ def to_ui(prompt: Prompt, classes: Classes, about: About | None = None) -> dict[
             known = [one for one in about.models if one["name"] in node["widgets_values"]]
             if known:
                 node["properties"]["models"] = known
-        drawn.append(_note(about, max(ids.values(), default=0) + 1))
+        first = groups[0]["bounding"]
+        drawn.append(_note(about, max(ids.values(), default=0) + 1, first[1] + first[3] + _HEAD_PX))
     return {
         # The same prompt gives the same id, and so the same file.
         "id": str(uuid.uuid5(uuid.NAMESPACE_OID, repr(sorted(prompt.items(), key=lambda item: item[0])))),
@@ -207,7 +209,7 @@ def _groups(
         boxes = [(*nodes[node_id]["pos"], *nodes[node_id]["size"]) for node_id in members]
         left, top = (min(box[i] for box in boxes) for i in (0, 1))
         right, bottom = (max(box[i] + box[i + 2] for box in boxes) for i in (0, 1))
-        size = [right - left + 2 * _PADDING_PX, bottom - top + _HEAD_PX + _PADDING_PX]
+        size = [right - left + 2 * _PADDING_PX, bottom - top + _HEAD_PX + _FOOT_PX]
         bounding = [left - _PADDING_PX, top - _HEAD_PX, *size]
         colour = _COLOURS[number % len(_COLOURS)]
         look = {"color": colour, "font_size": 24, "flags": {}}
@@ -215,13 +217,13 @@ def _groups(
     return groups
 
 
-def _note(about: About, number: int) -> dict[str, Any]:
-    """Left of the graph; the editor alone knows this kind of node."""
+def _note(about: About, number: int, top_px: float) -> dict[str, Any]:
+    """Below the first group, where it makes the graph no wider; the editor alone knows this kind of node."""
     height = CELL_PX[1] + 26 * (2 + len(about.note) // 36 + about.note.count("\n"))
     return {
         "id": number,
         "type": "MarkdownNote",
-        "pos": [40 - CELL_PX[0], 40],
+        "pos": [40, top_px],
         "size": [_NODE_WIDTH_PX, height],
         "flags": {},
         "order": number,

@@ -71,7 +71,7 @@ def test_plan_preview_and_player(visit: Visit, renderer: str) -> None:
             });
         }"""
     )
-    visit.set("VidGenSampler", steps=12, seed=len(renderer))  # one that the server has not made before
+    visit.set("VidGenSampler", steps=60, seed=len(renderer))  # not made before, and long enough to look at
     visit.run()
     visit.wait_for("binary")
     page.wait_for_function("new Set(window.sizes).size > 2", timeout=1000 * RUN_S)
