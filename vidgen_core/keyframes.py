@@ -311,3 +311,60 @@ def mask_to_latents(mask: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:
 def repeat_over_frames(latents: Tensor, shape: Sequence[int]) -> Tensor:
     """(1 or B, C, 1, h, w) -> (B, C, T, h, w): the picture as a still video."""
     return latents.expand(shape[0], -1, shape[2], -1, -1)
+
+
+# --- what networks refuse that go on from a first frame ------------------------------------------------------------
+
+
+def check_first_frame(
+    title: str, keyframes: Sequence[Keyframe | LatentKeyframe], num_frames: int, *, do: str | None = None
+) -> None:
+    """Raise SettingsError unless there is one picture, at frame 0 and held as it is; ``do`` is told where it is not."""
+    frames = [k.index if isinstance(k, LatentKeyframe) else k.index(num_frames) for k in keyframes]
+    if frames != [0]:
+        raise SettingsError(
+            f"{title} takes no image but that of the first frame",
+            given="images for frames " + ", ".join(map(str, frames)),
+            expected="one image, for frame 0",
+            do="leave the others out",
+        )
+    given = keyframes[0]
+    if (given.strength, given.until, given.noise) != (1.0, 0.0, 0.0):
+        raise SettingsError(
+            f"{title} takes its first frame exactly as it is",
+            given=f"strength {given.strength}, until {given.until}, noise {given.noise}",
+            expected="strength 1, until 0, noise 0",
+            do=do,
+        )
+
+
+def needs_a_picture() -> SettingsError:
+    """For a network that was trained to go on from an image."""
+    return SettingsError(
+        "This network goes on from an image and was given none",
+        expected="the image of the first frame",
+        do="add one with Image to Video, or load a text-to-video checkpoint",
+    )
+
+
+def check_prepared_size(given: Tensor, shape: Sequence[int]) -> None:
+    """Raise SettingsError unless ``given`` (B or 1, C, T, H, W) has the rows and columns of latents of ``shape``."""
+    if tuple(given.shape[3:]) != tuple(shape[3:]) or given.shape[0] not in (1, shape[0]):
+        raise SettingsError(
+            "The image was prepared for a video of another size",
+            given=f"{given.shape[4]} x {given.shape[3]} latents, {given.shape[0]} images",
+            expected=f"{shape[4]} x {shape[3]} latents, 1 or {shape[0]} images",
+            do="take the latent of the same Image to Video node",
+        )
+
+
+def check_prepared(given: Tensor, num_frames: int, shape: Sequence[int]) -> None:
+    """:func:`check_prepared_size`, and that ``given`` has this many latent frames."""
+    if given.shape[2] != num_frames:
+        raise SettingsError(
+            "The image was prepared for a video of another length",
+            given=f"{given.shape[2]} latent frames",
+            expected=f"{num_frames} latent frames",
+            do="take the latent of the same Image to Video node",
+        )
+    check_prepared_size(given, shape)

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ...errors import SettingsError
-from ...keyframes import Keyframe, LatentKeyframe
+from ...keyframes import (
+    Keyframe,
+    LatentKeyframe,
+    check_first_frame,
+    check_prepared,
+    check_prepared_size,
+    needs_a_picture,
+)
 from ...types import Conditioning
 from .. import ImageMode, KeyframeRules
 from .config import RAW_LATENTS, NetworkConfig
@@ -32,7 +38,7 @@ def check(config: NetworkConfig, keyframes: Sequence[Keyframe | LatentKeyframe],
     _check_length(config, num_frames)
     if not keyframes:
         if config.takes_image:
-            raise _needs_a_picture()
+            raise needs_a_picture()
         return
     if not config.takes_image:
         raise SettingsError(
@@ -41,21 +47,7 @@ def check(config: NetworkConfig, keyframes: Sequence[Keyframe | LatentKeyframe],
             expected="an image-to-video checkpoint (CogVideoX-5B-I2V, CogVideoX1.5-5B-I2V)",
             do="load one, or leave the image out",
         )
-    frames = [k.index if isinstance(k, LatentKeyframe) else k.index(num_frames) for k in keyframes]
-    if frames != [0]:
-        raise SettingsError(
-            "CogVideoX takes no image but that of the first frame",
-            given="images for frames " + ", ".join(map(str, frames)),
-            expected="one image, for frame 0",
-            do="leave the others out",
-        )
-    given = keyframes[0]
-    if (given.strength, given.until, given.noise) != (1.0, 0.0, 0.0):
-        raise SettingsError(
-            "CogVideoX takes its first frame exactly as it is",
-            given=f"strength {given.strength}, until {given.until}, noise {given.noise}",
-            expected="strength 1, until 0, noise 0",
-        )
+    check_first_frame("CogVideoX", keyframes, num_frames)
 
 
 def _check_length(config: NetworkConfig, num_frames: int) -> None:
@@ -79,14 +71,6 @@ def _check_length(config: NetworkConfig, num_frames: int) -> None:
         )
 
 
-def _needs_a_picture() -> SettingsError:
-    return SettingsError(
-        "This network goes on from an image and was given none",
-        expected="the image of the first frame",
-        do="add one with Image to Video, or load a text-to-video checkpoint",
-    )
-
-
 def condition(
     config: NetworkConfig, cond: Conditioning, keyframes: Sequence[LatentKeyframe], shape: Sequence[int]
 ) -> Conditioning:
@@ -95,20 +79,10 @@ def condition(
     if not keyframes:
         return cond
     picture = keyframes[0].latents
-    _check_size(picture, shape)
+    check_prepared_size(picture, shape)
     rest = shape[2] + lead_frames(config, shape[2]) - 1
     nothing = picture.new_zeros(*picture.shape[:2], rest, *picture.shape[3:])
     return replace(cond, concat=torch.cat([picture * config.image_scale, nothing], dim=2))
-
-
-def _check_size(given: Tensor, shape: Sequence[int]) -> None:
-    if tuple(given.shape[3:]) != tuple(shape[3:]) or given.shape[0] not in (1, shape[0]):
-        raise SettingsError(
-            "The image was prepared for a video of another size",
-            given=f"{given.shape[4]} x {given.shape[3]} latents, {given.shape[0]} images",
-            expected=f"{shape[4]} x {shape[3]} latents, 1 or {shape[0]} images",
-            do="take the latent of the same Image to Video node",
-        )
 
 
 def check_conditioning(config: NetworkConfig, cond: Conditioning, shape: Sequence[int]) -> None:
@@ -117,16 +91,8 @@ def check_conditioning(config: NetworkConfig, cond: Conditioning, shape: Sequenc
     if not config.takes_image:
         return
     if cond.concat is None:
-        raise _needs_a_picture()
-    expected = shape[2] + lead_frames(config, shape[2])
-    if cond.concat.shape[2] != expected:
-        raise SettingsError(
-            "The image was prepared for a video of another length",
-            given=f"{cond.concat.shape[2]} latent frames",
-            expected=f"{expected} latent frames",
-            do="take the latent of the same Image to Video node",
-        )
-    _check_size(cond.concat, shape)
+        raise needs_a_picture()
+    check_prepared(cond.concat, shape[2] + lead_frames(config, shape[2]), shape)
 
 
 def _told_raw(config: NetworkConfig) -> NetworkConfig:

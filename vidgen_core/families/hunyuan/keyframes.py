@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ...errors import SettingsError
-from ...keyframes import Keyframe, LatentKeyframe
+from ...keyframes import (
+    Keyframe,
+    LatentKeyframe,
+    check_first_frame,
+    check_prepared,
+    check_prepared_size,
+    needs_a_picture,
+)
 from ...types import Conditioning, Held
 from .. import ImageMode, KeyframeRules
 from .config import NetworkConfig
@@ -26,7 +32,7 @@ def check(config: NetworkConfig, keyframes: Sequence[Keyframe | LatentKeyframe],
     """Raise SettingsError unless this network takes these pictures."""
     if not keyframes:
         if config.image_condition != "none":
-            raise _needs_a_picture()
+            raise needs_a_picture()
         return
     if config.image_condition == "none" and not config.accepts_first_frame:
         raise SettingsError(
@@ -36,22 +42,7 @@ def check(config: NetworkConfig, keyframes: Sequence[Keyframe | LatentKeyframe],
             do="load one, or leave the image out; if this file is HunyuanVideo-I2V v2, which does not say so itself, "
             'set method to "token_replace"',
         )
-    frames = [_index(keyframe, num_frames) for keyframe in keyframes]
-    if frames != [0]:
-        raise SettingsError(
-            "HunyuanVideo takes no image but that of the first frame",
-            given="images for frames " + ", ".join(map(str, frames)),
-            expected="one image, for frame 0",
-            do="leave the others out",
-        )
-    given = keyframes[0]
-    if (given.strength, given.until, given.noise) != (1.0, 0.0, 0.0):
-        raise SettingsError(
-            "HunyuanVideo takes its first frame exactly as it is",
-            given=f"strength {given.strength}, until {given.until}, noise {given.noise}",
-            expected="strength 1, until 0, noise 0",
-            do='for more motion use the mode "dynamic"',
-        )
+    check_first_frame("HunyuanVideo", keyframes, num_frames, do='for more motion use the mode "dynamic"')
     if num_frames < 5:
         raise SettingsError(
             "The video is too short to go on from its first frame",
@@ -59,18 +50,6 @@ def check(config: NetworkConfig, keyframes: Sequence[Keyframe | LatentKeyframe],
             expected="5 frames or more (5, 9, 13, 17, ...)",
             do="use 17 frames, or leave the image out to make a picture from text",
         )
-
-
-def _index(keyframe: Keyframe | LatentKeyframe, num_frames: int) -> int:
-    return keyframe.index if isinstance(keyframe, LatentKeyframe) else keyframe.index(num_frames)
-
-
-def _needs_a_picture() -> SettingsError:
-    return SettingsError(
-        "This network goes on from an image and was given none",
-        expected="the image of the first frame",
-        do="add one with Image to Video, or load a text-to-video checkpoint",
-    )
 
 
 def condition(
@@ -81,7 +60,7 @@ def condition(
     if not keyframes:
         return cond
     picture = keyframes[0].latents
-    _check_size(picture, shape)
+    check_prepared_size(picture, shape)
     first = picture.new_zeros(len(picture), 1, shape[2], 1, 1)
     first[:, :, 0] = 1
     still = picture.expand(-1, -1, shape[2], -1, -1)
@@ -91,32 +70,15 @@ def condition(
     return replace(cond, held=Held(latents=still, mask=first.bool()))
 
 
-def _check_size(given: Tensor, shape: Sequence[int]) -> None:
-    if tuple(given.shape[3:]) != tuple(shape[3:]) or given.shape[0] not in (1, shape[0]):
-        raise SettingsError(
-            "The image was prepared for a video of another size",
-            given=f"{given.shape[4]} x {given.shape[3]} latents, {given.shape[0]} images",
-            expected=f"{shape[4]} x {shape[3]} latents, 1 or {shape[0]} images",
-            do="take the latent of the same Image to Video node",
-        )
-
-
 def check_conditioning(config: NetworkConfig, cond: Conditioning, shape: Sequence[int]) -> None:
     """Raise SettingsError where the picture is missing, or does not fit latents of ``shape``."""
     stacked, held = cond.concat, cond.held
     missing = {"latent_concat": stacked is None, "token_replace": held is None, "none": False}
     if missing[config.image_condition]:
-        raise _needs_a_picture()
+        raise needs_a_picture()
     for given in (stacked, None if held is None else held.latents):
-        if given is not None and given.shape[2] != shape[2]:
-            raise SettingsError(
-                "The image was prepared for a video of another length",
-                given=f"{given.shape[2]} latent frames",
-                expected=f"{shape[2]} latent frames",
-                do="take the latent of the same Image to Video node",
-            )
         if given is not None:
-            _check_size(given, shape)
+            check_prepared(given, shape[2], shape)
 
 
 def _told_to_replace(config: NetworkConfig) -> NetworkConfig:
