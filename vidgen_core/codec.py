@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .types import Grid
 
@@ -47,6 +48,37 @@ class StreamingCodec(Codec, Protocol):
     def frames(self, latents: Tensor, *, on_part: OnPart | None = None) -> Generator[Tensor, None, None]:
         """The video of one sample's latents (1, C, T', H', W') as (3, n, H, W), a few frames at a time, in order."""
         ...
+
+
+class ScaledCodec(nn.Module):
+    """What codecs share whose latents are those of a VAE times one number; a module, so that it moves as one.
+
+    Args:
+        vae: has ``grid`` and ``config``.
+        config: with ``scaling_factor``; None: the VAE's own.
+    """
+
+    def __init__(self, vae: Any, config: Any = None) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = vae.config if config is None else config
+
+    @property
+    def grid(self) -> Grid:
+        """How many pixels and frames one latent stands for."""
+        return self.vae.grid
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`Codec.moments`."""
+        raise NotImplementedError
+
+    def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] -> (B, C, T', H', W') at unit scale: the mode, or a sample with a generator."""
+        return draw(*self.moments(video), generator)
+
+    def _scaled(self, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.config.scaling_factor
+        return mean * scale, logvar + 2 * math.log(scale)
 
 
 def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None) -> Tensor:

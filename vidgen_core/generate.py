@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -372,7 +372,7 @@ class _Given:
                 return latents
             return torch.cat([latents[:, :, :1].expand(-1, -1, frames, -1, -1), latents], dim=2)
 
-        return _Given(lead(self.start), lead(self.mask), lead(self.until))
+        return _Given(*(lead(getattr(self, field.name)) for field in fields(self)))
 
 
 def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...codec import OnPart, draw
+from ...codec import OnPart, ScaledCodec
 from ...errors import SettingsError
-from ...types import Grid
 from .config import CodecConfig
 from .vae import GROUP, CogVideoXVAE, groups
 
 
-class CogVideoXCodec(nn.Module):
+class CogVideoXCodec(ScaledCodec):
     """:class:`~vidgen_core.codec.StreamingCodec` over a :class:`CogVideoXVAE`; a module, so that it moves as one.
 
     Tensors are cast to the dtype and device of the weights on the way in; what comes out stays there.
     """
 
-    def __init__(self, vae: CogVideoXVAE, config: CodecConfig | None = None) -> None:
-        super().__init__()
-        self.vae = vae
-        self.config = vae.config if config is None else config
+    vae: CogVideoXVAE
 
-    @property
-    def grid(self) -> Grid:
-        """How many pixels and frames one latent stands for."""
-        return self.vae.grid
+    def __init__(self, vae: CogVideoXVAE, config: CodecConfig | None = None) -> None:
+        super().__init__(vae, config)
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [-1, 1] -> mean and log variance at unit scale, each (B, C, T', H', W').
@@ -37,13 +30,7 @@ class CogVideoXCodec(nn.Module):
         Raises:
             SettingsError: T is not 8 n + 1, or H or W is not a multiple of 8.
         """
-        mean, logvar = self.vae.encode(video)
-        scale = self.config.scaling_factor
-        return mean * scale, logvar + 2 * math.log(scale)
-
-    def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> (B, C, T', H', W') at unit scale: the mode, or a sample with a generator."""
-        return draw(*self.moments(video), generator)
+        return self._scaled(*self.vae.encode(video))
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, H, W) at unit scale, T odd -> (B, 3, 4 (T - 1) + 1, 8 H, 8 W), about [-1, 1].

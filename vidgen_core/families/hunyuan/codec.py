@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import math
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from ...codec import draw
+from ...codec import ScaledCodec
 from ...nn.strips import Chain
-from ...types import Grid
 from .blocks import decoder_blocks, encoder_blocks
 from .config import CodecConfig
 from .vae import CausalVAE
 
 
-class HunyuanCodec(nn.Module):
+class HunyuanCodec(ScaledCodec):
     """:class:`~vidgen_core.codec.Codec` over a :class:`CausalVAE`; a module, so that it moves and is placed as one.
 
     Tensors are cast to the dtype and device of the weights on the way in; what comes out stays there.
     """
 
-    def __init__(self, vae: CausalVAE, config: CodecConfig | None = None) -> None:
-        super().__init__()
-        self.vae = vae
-        self.config = vae.config if config is None else config
+    vae: CausalVAE
 
-    @property
-    def grid(self) -> Grid:
-        """How many pixels and frames one latent stands for."""
-        return self.vae.grid
+    def __init__(self, vae: CausalVAE, config: CodecConfig | None = None) -> None:
+        super().__init__(vae, config)
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [-1, 1] -> mean and log variance at unit scale, each (B, C, T', H', W').
@@ -38,14 +29,6 @@ class HunyuanCodec(nn.Module):
             SettingsError: T is not 4 n + 1, or H or W is not a multiple of 8.
         """
         return self._scaled(*self.vae.encode(self._cast(video)))
-
-    def _scaled(self, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.config.scaling_factor
-        return mean * scale, logvar + 2 * math.log(scale)
-
-    def encode(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] -> (B, C, T', H', W') at unit scale: the mode, or a sample with a generator."""
-        return draw(*self.moments(video), generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, H, W) at unit scale -> (B, 3, 4 (T - 1) + 1, 8 H, 8 W), about [-1, 1]."""
