@@ -23,7 +23,7 @@ from vidgen.training import checkpoint, cli
 from vidgen.training.discriminator import adversarial_losses
 from vidgen.training.loop import MAX_BAD_STEPS, Draw, Loop, Objective, mix
 from vidgen.training.optim import NEWTON_SCHULZ, Average, Muon, build_optimizers, learning_rate_factor, orthogonalise
-from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, read_recipe
+from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, model_config, read_recipe
 from vidgen.training.team import ALONE, Team, spread
 from vidgen.training.vae import VaeRecipe
 from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, NumericsError, RecipeError
@@ -461,7 +461,10 @@ def test_bundled_recipes_are_valid():
     assert set(kinds) == set(cli.STAGES)
     for path in RECIPES.glob("*.toml"):
         stage = re.search('^stage = "([a-z]+)"', path.read_text("utf-8"), re.MULTILINE)[1]
-        assert read_recipe(path, kinds[stage]).stage == stage
+        recipe = read_recipe(path, kinds[stage])
+        assert recipe.stage == stage
+        if stage == "dit" and recipe.lora is None:
+            assert model_config(recipe.family, "network", recipe.model).out_channels == 24
 
 
 def test_the_page_on_training_explains_every_key_and_no_other():

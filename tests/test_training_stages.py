@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -345,6 +345,8 @@ def dit_recipe(folder: Path, bundle: Path, **changes: object) -> DitRecipe:
         "pool": small_pool(folder, num_clips=8),
         "evaluation": DitEvaluationSettings(num_losses=8, num_videos=2),
     } | changes
+    if is_dataclass(values["model"]):
+        values["model"] = asdict(values["model"])
     return DitRecipe(**values)  # type: ignore[arg-type]
 
 
@@ -397,7 +399,7 @@ def test_emphasis_draws_in_proportion(dit):
 
 def test_times_follow_their_distribution(dit):
     generator = torch.Generator().manual_seed(0)
-    t = torch.cat([dit.times(64, generator) for _ in range(64)]).double()
+    t = torch.cat([dit.shares(64, generator) for _ in range(64)]).double()
     # 10 % uniform, 90 % sigmoid of a unit normal: symmetric around one half.
     normal = torch.sigmoid(torch.randn(100_000, generator=generator, dtype=torch.float64))
     uniform = torch.rand(100_000, generator=generator, dtype=torch.float64)
@@ -408,7 +410,7 @@ def test_times_follow_their_distribution(dit):
     assert float(t.min()) > 0
     assert float(t.max()) <= 1
     # Within one batch the quantiles are evenly spread: the mean hardly varies.
-    assert float(torch.stack([dit.times(64, generator).mean() for _ in range(20)]).std()) < 0.01
+    assert float(torch.stack([dit.shares(64, generator).mean() for _ in range(20)]).std()) < 0.01
 
 
 def test_transformer_learns_and_its_file_loads(tmp_path, tiny_bundle_dir):

@@ -1,4 +1,4 @@
-"""Training of the diffusion transformer: flow matching on cached latents, videos and images, text on the fly.
+"""Training of a diffusion transformer of any family: cached latents, videos and images, text on the fly.
 
 Noise, target and conditioning come from the core (``VideoModel.predict``, ``Diffusion``), never from here.
 """
@@ -15,14 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..vidgen_core.codec import Codec
 from ..vidgen_core.errors import MissingLibraryError, RecipeError
-from ..vidgen_core.families.hunyuan.codec import HunyuanCodec
-from ..vidgen_core.families.hunyuan.config import NetworkConfig
-from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
-from ..vidgen_core.families.hunyuan.text import TextStack
-from ..vidgen_core.generate import Sampling, decode_latents, encode_prompts, sample_latents
+from ..vidgen_core.families import FAMILIES, TextEncoder
+from ..vidgen_core.generate import Sampling, decode_latents, encode_prompts, sample_latents, with_keyframes
+from ..vidgen_core.keyframes import LatentKeyframe
 from ..vidgen_core.memory.compiled import blocks_at, missing_compiler
 from ..vidgen_core.model import VideoModel, load_network, load_text
 from ..vidgen_core.preview import fit_preview
@@ -36,11 +35,18 @@ from .export import export_network
 from .loop import Draw, Objective, mix
 from .lora import Adapters, LoraSettings, write_loras
 from .pictures import contact_sheet, to_pixels
-from .recipe import OptimizerSettings, RunSettings, ScheduleSettings
+from .recipe import OptimizerSettings, RunSettings, ScheduleSettings, model_config
 from .start import start_from
+from .teacher import Teacher, TeacherSettings, time_of_share
 from .team import ALONE, Team
 
 log = logging.getLogger("vidgen")
+
+HIDDEN_LAYERS = {
+    "hunyuan": ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2", "linear1", "linear2"),
+    "cogvideox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+}
+"""family -> ends of the names of its blocks' attention and MLP matrices"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,13 @@ class DitMixSettings:
     image_batch: int = 4
     """images of such a batch for each video of the others"""
     held_share: float = 0.0
-    """of the video batches, how many are given their first latent frame clean (image to video by token replacement)"""
+    """of the video batches, how many are given their first frame: its clean latent in place of the noisy one (token
+    replacement), or on the channels of networks that have them for a picture"""
+    picture_noise: tuple[float, float] | None = None
+    """mean and deviation of the logarithm of the noise on a picture before it is encoded for the channels; CogVideoX's
+    trainers have (-3.0, 0.5). None: pictures are clean, as they are when the network is used"""
+    lead: Literal["first", "nothing"] = "first"
+    """what the latent frames are that run along in front (CogVideoX 1.5): copies of the first one, or zeros"""
     text_dropout: float = 0.1
     """share of the samples with the empty prompt, for guidance"""
     emphasis: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -89,9 +101,11 @@ class DitRecipe:
     text: str
     """the text encoders' file"""
     run: RunSettings
+    family: str = "hunyuan"
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    model: NetworkConfig = field(default_factory=NetworkConfig)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """fields of the family's ``NetworkConfig``"""
     defaults: Defaults = field(default_factory=Defaults)
     """written into the checkpoint; evaluation samples with them"""
     pool: PoolSettings = field(default_factory=PoolSettings)
@@ -100,6 +114,8 @@ class DitRecipe:
     evaluation: DitEvaluationSettings = field(default_factory=DitEvaluationSettings)
     init: str | None = None
     """a network file to start from"""
+    teacher: TeacherSettings | None = None
+    """another network of the same latents that knows the captions already"""
     lora: LoraSettings | None = None
     """train a LoRA of ``init``, whose file then says what ``model`` and ``defaults`` are"""
     compile: bool = False
@@ -114,18 +130,21 @@ class DitBatch:
     noise: Tensor
     t: Tensor
     cond: Conditioning
+    wanted: Tensor
+    """(B, C, T, H, W) the clean latents to be predicted: ``x0``, or what a teacher expects of them"""
+    kind: Literal["video", "image", "held"] = "video"
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
     """The parts that are used and not trained; outside of the module tree, so never saved or averaged."""
 
-    codec: HunyuanCodec
-    text: TextStack
+    codec: Codec
+    text: TextEncoder
 
 
 class DitObjective(Objective):
-    """The network, its latents and captions, and the flow-matching loss."""
+    """The network, its latents and captions, and the loss of its noise process."""
 
     metrics = ("video", "image", "held")
 
@@ -133,10 +152,10 @@ class DitObjective(Objective):
         super().__init__()
         base = None if recipe.lora is None else _base(recipe)
         if base is not None:
-            recipe = replace(recipe, model=base.config, defaults=base.defaults)
+            recipe = replace(recipe, family=base.family.name, defaults=base.defaults)
         self.recipe = recipe
         text = load_text(recipe.text, dtype=torch.float32)
-        assert isinstance(text, TextStack)
+        assert isinstance(text, nn.Module)
         self.frozen = Frozen(load_frozen_codec(recipe.codec), text.requires_grad_(False).eval())
         self.model = self._new_model() if base is None else base
         self.network = self.model.network
@@ -147,6 +166,12 @@ class DitObjective(Objective):
             self.adapters = Adapters(self.network, recipe.lora, self.model.family.lora_targets, generator)
         if recipe.compile:
             _check_compiler()  # before hours of drawing and encoding, not at the first step
+        self.teacher = None
+        if recipe.teacher is not None:
+            channels = self.frozen.codec.grid.channels
+            self.teacher = Teacher(
+                recipe.teacher, channels=channels, precision=recipe.run.precision, compile=recipe.compile
+            )
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
         self.odds = drawing_odds(self.cache.scenes, recipe.mix.emphasis)
         if recipe.compile:
@@ -156,31 +181,37 @@ class DitObjective(Objective):
 
     def _new_model(self) -> VideoModel:
         recipe = self.recipe
-        network = HunyuanVideoTransformer(recipe.model)
+        config = model_config(recipe.family, "network", recipe.model)
+        network = FAMILIES[recipe.family].parts["network"].build(config, {})
         network.init_weights(torch.Generator().manual_seed(recipe.run.seed))
         if recipe.init is not None:
-            start_from(recipe.init, "network", network, recipe.model, ignore=("accepts_first_frame",))
-        return VideoModel.of("hunyuan", recipe.model, network, defaults=recipe.defaults)
+            start_from(recipe.init, "network", network, config, ignore=("accepts_first_frame",))
+        return VideoModel.of(recipe.family, config, network, defaults=recipe.defaults)
 
     def _check(self) -> None:
-        family, config = self.model.family, self.recipe.model
+        family, config = self.model.family, self.model.config
         problem = family.fits_text(config, self.frozen.text.config)
         if problem is not None:
             raise RecipeError("The network and the text encoders do not fit together", given=problem)
         channels = self.frozen.codec.grid.channels
-        if config.out_channels != channels:
+        if family.latent_channels(config) != channels:
             raise RecipeError(
                 "The network and the codec do not fit together",
-                given=f"model.out_channels = {config.out_channels}",
+                given=f"model.out_channels = {family.latent_channels(config)}",
                 expected=f"{channels}, the channels of the latents",
             )
+
+    @property
+    def stacks_pictures(self) -> bool:
+        """Whether a given picture goes onto the network's channels; else it takes the place of noisy latents."""
+        return self.model.config.in_channels > self.model.family.latent_channels(self.model.config)
 
     def is_hidden(self, name: str) -> bool:
         """Attention and MLP matrices of the blocks; embedders, modulations and the output stay with AdamW."""
         if self.adapters is not None:
             return False
-        layers = ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2", "linear1", "linear2")
-        return "blocks." in name and name.removesuffix(".weight").endswith(layers)
+        layers = HIDDEN_LAYERS[self.model.family.name]
+        return any(part in name for part in ("blocks.", "layers.")) and name.removesuffix(".weight").endswith(layers)
 
     # ---- batches -------------------------------------------------------------------------------------------
 
@@ -190,29 +221,96 @@ class DitObjective(Objective):
         is_image = float(torch.rand((), generator=shared)) < mix_settings.image_share
         is_held = not is_image and float(torch.rand((), generator=shared)) < mix_settings.held_share
         num = draw.batch_size * (mix_settings.image_batch if is_image else 1)
-        t = self.times(num, shared)
-        share = num // draw.world
-        t = t[draw.rank * share : (draw.rank + 1) * share]
-        latents, captions, noises = [], [], []
+        share = self.shares(num, shared)
+        own = num // draw.world
+        share = share[draw.rank * own : (draw.rank + 1) * own]
+        latents, captions, noises, pictures = [], [], [], []
         for generator in draw.samples(num):
             number, seed, drop = torch.randint(0, 1 << 30, (3,), generator=generator).tolist()
             index = pick(self.odds, number)
             latent = self.cache.image(index) if is_image else self.cache.video(index)
             latents.append(latent)
-            noises.append(torch.randn(latent.shape, generator=generator))
+            noises.append(self._noise(latent.shape, generator))
             dropped = drop < mix_settings.text_dropout * (1 << 30)
             rng = np.random.default_rng(seed)
             captions.append("" if dropped else shapes.caption(self.cache.scenes[index], rng, image=is_image))
-        device = self.model.device
-        cond = self.conditioning(captions, image=is_image).to(device)
-        x0 = torch.stack(latents).to(device)
-        if is_held:
+            if is_held and self.stacks_pictures:
+                pictures.append(self._picture(index, generator))
+        return self._assembled(
+            torch.stack(latents),
+            torch.stack(noises),
+            share,
+            captions,
+            kind="held" if is_held else "image" if is_image else "video",
+            pictures=torch.stack(pictures) if pictures else None,
+            teacher=self.teacher,
+        )
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """For latents of this shape (C, T, H, W) and the frames that run along in front of them."""
+        channels, frames, *sides = shape
+        return torch.randn(channels, frames + self._num_lead(frames), *sides, generator=generator)
+
+    def _num_lead(self, num_frames: int) -> int:
+        return self.model.family.lead_frames(self.model.config, num_frames)
+
+    def _picture(self, index: int, generator: torch.Generator) -> Tensor:
+        """(C, 1, H, W): the first frame of a clip, encoded by itself as when the network is used."""
+        pool, noise = self.recipe.pool, self.recipe.mix.picture_noise
+        frame = shapes.render(self.cache.scenes[index], num_frames=1, height_px=pool.size_px, width_px=pool.size_px)
+        picture = torch.from_numpy(STYLES[pool.style](frame)).float() / 127.5 - 1
+        if noise is not None:
+            mean, deviation = noise
+            strength = torch.exp(mean + deviation * torch.randn((), generator=generator))
+            picture = picture + strength * torch.randn(picture.shape, generator=generator)
+        with torch.no_grad():
+            return self.frozen.codec.encode(picture[None])[0]
+
+    def _assembled(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        share: Tensor,
+        captions: Sequence[str],
+        *,
+        kind: Literal["video", "image", "held"] = "video",
+        pictures: Tensor | None = None,
+        teacher: Teacher | None = None,
+    ) -> DitBatch:
+        """A batch on the network's device. x0 (B, C, T, H, W) without what runs along in front of it, noise with it."""
+        device, lead = self.model.device, self._num_lead(x0.shape[2])
+        x0, noise, share = x0.to(device), noise.to(device), share.to(device)
+        wanted = x0
+        if teacher is not None:
+            wanted = teacher.expected(
+                x0, noise[:, :, lead:], share, captions, image=kind == "image", held=kind == "held"
+            )
+        cond = self.conditioning(captions, image=kind == "image").to(device)
+        t = time_of_share(self.model.diffusion, share)
+        if self.stacks_pictures:
+            cond = self._with_pictures(cond, pictures, x0)
+        elif kind == "held":
             t = t.view(-1, 1, 1, 1, 1).repeat(1, 1, x0.shape[2], 1, 1)
             t[:, :, 0] = 0
-        return DitBatch(x0, torch.stack(noises).to(device), t.to(device), cond)
+        return DitBatch(self._led(x0, lead), noise, t, cond, wanted=self._led(wanted, lead), kind=kind)
 
-    def times(self, num: int, generator: torch.Generator) -> Tensor:
-        """(num,) float32 times, spread evenly over the quantiles of their distribution and in random order."""
+    def _led(self, x0: Tensor, lead: int) -> Tensor:
+        if not lead:
+            return x0
+        first = x0[:, :, :1].expand(-1, -1, lead, -1, -1)
+        return torch.cat([first if self.recipe.mix.lead == "first" else torch.zeros_like(first), x0], dim=2)
+
+    def _with_pictures(self, cond: Conditioning, pictures: Tensor | None, x0: Tensor) -> Conditioning:
+        """Where there are none, the channels for them are empty."""
+        if pictures is not None:
+            return with_keyframes(self.model, cond, [LatentKeyframe(latents=pictures, index=0)], x0.shape)
+        channels = self.model.config.in_channels - x0.shape[1]
+        frames = x0.shape[2] + self._num_lead(x0.shape[2])
+        return replace(cond, concat=x0.new_zeros(len(x0), channels, frames, *x0.shape[3:]))
+
+    def shares(self, num: int, generator: torch.Generator) -> Tensor:
+        """(num,) float32 shares of noise (the times of flow matching), spread evenly over the quantiles of their
+        distribution and in random order."""
         settings = self.recipe.time
         offset = torch.rand((), generator=generator, dtype=torch.float64)
         quantile = (torch.arange(num, dtype=torch.float64) + offset) / num
@@ -223,8 +321,8 @@ class DitObjective(Objective):
         if num_uniform:
             uniform[torch.linspace(0, num - 1, num_uniform).round().long()] = True
         normal = settings.mean + settings.std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)
-        t = torch.where(uniform, quantile, shift_time(torch.sigmoid(normal), settings.shift))
-        return t[order].clamp(1e-4, 1.0).float()
+        share = torch.where(uniform, quantile, shift_time(torch.sigmoid(normal), settings.shift))
+        return share[order].clamp(1e-4, 1.0).float()
 
     @torch.no_grad()
     def conditioning(self, captions: Sequence[str], *, image: bool = False) -> Conditioning:
@@ -234,15 +332,14 @@ class DitObjective(Objective):
 
     def forward(self, batch: DitBatch) -> dict[str, Tensor]:
         loss = self.errors(batch).mean()
-        kind = "held" if batch.t.ndim > 1 else "image" if batch.x0.shape[2] == 1 else "video"
-        return {"loss": loss, kind: loss.detach()}
+        return {"loss": loss, batch.kind: loss.detach()}
 
     def errors(self, batch: DitBatch) -> Tensor:
         """(B,) mean squared error of the prediction per sample, over the frames that are not given."""
         diffusion = self.model.diffusion
         x_t = diffusion.add_noise(batch.x0, batch.noise, batch.t)
         output = self.model.predict(x_t, batch.t, batch.cond)
-        target = diffusion.target(batch.x0, x_t, batch.t)
+        target = diffusion.target(batch.wanted, x_t, batch.t)
         squares = F.mse_loss(output.float(), target.float(), reduction="none").mean(dim=(1, 3, 4))
         if batch.t.ndim == 1:
             return squares.mean(dim=1)
@@ -288,11 +385,11 @@ class DitObjective(Objective):
         draw = STYLES[self.recipe.pool.style]
         video = torch.stack([torch.from_numpy(draw(shapes.render(scene))) for scene, _ in clips]).float() / 127.5 - 1
         x0 = self.frozen.codec.encode(video)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(mix(first)))
-        t = (torch.arange(first, end) % 16 + 0.5) / 16
-        device = self.model.device
-        cond = self.conditioning([caption for _, caption in clips]).to(device)
-        return self.errors(DitBatch(x0.to(device), noise.to(device), t.to(device), cond)).cpu()
+        frames = x0.shape[2] + self._num_lead(x0.shape[2])
+        generator = torch.Generator().manual_seed(mix(first))
+        noise = torch.randn(*x0.shape[:2], frames, *x0.shape[3:], generator=generator)
+        share = (torch.arange(first, end) % 16 + 0.5) / 16
+        return self.errors(self._assembled(x0, noise, share, [caption for _, caption in clips])).cpu()
 
     def _render(self, captions: Mapping[int, str]) -> list[Tensor]:
         """(3, T, H, W) in [-1, 1] each, at the model's default settings; the seed is the prompt's number."""
@@ -304,6 +401,8 @@ class DitObjective(Objective):
         videos = []
         for number, caption in captions.items():
             positive = encode_prompts(self.frozen.text, self.model, [caption])
+            if self.stacks_pictures:
+                positive = self._with_pictures(positive, None, torch.zeros(1, *latent_shape))
             latents = sample_latents(
                 self.model, positive, negative, (1, *latent_shape), replace(settings, seed=settings.seed + number)
             )
@@ -320,14 +419,18 @@ class DitObjective(Objective):
                 log.info("Wrote %s", path)
             return
         path = folder / "network.safetensors"
+        config = self.model.config
+        if hasattr(config, "accepts_first_frame"):
+            config = replace(config, accepts_first_frame=self.recipe.mix.held_share > 0)
         export_network(
             path,
             self.network,
-            replace(self.recipe.model, accepts_first_frame=self.recipe.mix.held_share > 0),
+            config,
             self.recipe.defaults,
+            family=self.model.family.name,
             preview=fit_preview(self.frozen.codec),
             dtype=torch.float16,
-            title="VidGen tiny HunyuanVideo",
+            title=f"VidGen tiny {self.model.family.title}",
             description=description,
         )
         log.info("Wrote %s", path)
@@ -341,7 +444,7 @@ def _base(recipe: DitRecipe) -> VideoModel:
         raise RecipeError(
             "A LoRA is trained for a network that is there already", given="[lora] without init", do='add init = "FILE"'
         )
-    if recipe.model != NetworkConfig():
+    if recipe.model:
         raise RecipeError(
             "The network of a LoRA is what its file says", given="[model] beside [lora]", do="leave [model] out"
         )

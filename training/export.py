@@ -30,9 +30,10 @@ State = Mapping[str, torch.Tensor]
 def export_network(
     path: Path,
     network: nn.Module | State,
-    config: NetworkConfig,
+    config: Any,
     defaults: Defaults,
     *,
+    family: str = "hunyuan",
     preview: LatentRGB | None = None,
     dtype: torch.dtype | None = None,
     **notes: str,
@@ -41,12 +42,13 @@ def export_network(
 
     Args:
         preview: how unfinished latents are shown (``fit_preview(codec)``).
+        config: the family's ``NetworkConfig``.
         notes: become ``modelspec.`` metadata: title, author, description, license, ...
     """
     metadata = {"vidgen.defaults": json.dumps(asdict(defaults)), **_notes(notes)}
     if preview is not None:
         metadata[PREVIEW_KEY] = preview.to_json()
-    _save(path, network, part="network", config=config, metadata=metadata, dtype=dtype)
+    _save(path, network, family=family, part="network", config=config, metadata=metadata, dtype=dtype)
 
 
 def export_codec(
@@ -84,10 +86,17 @@ def export_bundle(
 
 
 def _save(
-    path: Path, weights: nn.Module | State, *, part: str, config: Any, metadata: State | Mapping[str, str], dtype: Any
+    path: Path,
+    weights: nn.Module | State,
+    *,
+    part: str,
+    config: Any,
+    metadata: State | Mapping[str, str],
+    dtype: Any,
+    family: str = "hunyuan",
 ) -> None:
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    save_checkpoint(path, state, family="hunyuan", part=part, config=config, metadata=metadata, dtype=dtype)
+    save_checkpoint(path, state, family=family, part=part, config=config, metadata=metadata, dtype=dtype)
 
 
 def _notes(notes: Mapping[str, str]) -> dict[str, str]:
