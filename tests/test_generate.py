@@ -30,7 +30,7 @@ from vidgen.vidgen_core.generate import (
     sample_latents,
     using_threads,
 )
-from vidgen.vidgen_core.memory.host import LocalHost
+from vidgen.vidgen_core.memory.host import LocalHost, bundled_models
 from vidgen.vidgen_core.preview import LatentRGB, fit_preview
 from vidgen.vidgen_core.sampling import SAMPLERS
 from vidgen.vidgen_core.tiling import Tiling
@@ -439,8 +439,12 @@ def test_other_files_in_the_folder_do_no_harm(tiny_bundle_dir: Path, tmp_path: P
 
 
 def test_a_model_without_a_part_is_refused(tiny_bundle_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="lacks its VAE and text encoders"):
-        load_bundle(tiny_bundle_dir / "network.safetensors", device="cpu")
+    alone = tmp_path / "deep" / "alone"
+    alone.mkdir(parents=True)
+    shutil.copy(tiny_bundle_dir / "network.safetensors", alone)
+    for source in (alone, alone / "network.safetensors", [tiny_bundle_dir / "network.safetensors"]):
+        with pytest.raises(CheckpointError, match="lacks its VAE and text encoders"):
+            load_bundle(source, device="cpu")
     with pytest.raises(FileError, match="no checkpoint in this folder"):
         load_bundle(tmp_path, device="cpu")
     with pytest.raises(FileError, match="no such model"):
@@ -449,6 +453,29 @@ def test_a_model_without_a_part_is_refused(tiny_bundle_dir: Path, tmp_path: Path
     (tmp_path / "vae.safetensors").write_bytes(b"<html>")
     with pytest.raises(CheckpointError, match="web page"):
         load_bundle(tmp_path, device="cpu")
+
+
+def test_a_network_beside_another_one(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    """A folder with both kinds makes videos from text; naming the other file takes VAE and text encoders beside it."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bundle_dir, folder)
+    header = read_header(folder / "network.safetensors")
+    config = header.metadata["vidgen.config"].replace('"image_condition":"none"', '"image_condition":"token_replace"')
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(header).items()}
+    save_tensors(folder / "a_i2v.safetensors", tensors, {**header.metadata, "vidgen.config": config})
+    assert load_bundle(folder, device="cpu").model.config.image_condition == "none"
+    named = load_bundle(folder / "a_i2v.safetensors", device="cpu")
+    assert named.model.config.image_condition == "token_replace"
+    assert named.headers["codec"].path == folder / "vae.safetensors"
+    shutil.copy(folder / "network.safetensors", folder / "other.safetensors")
+    with pytest.raises(CheckpointError, match="two files with a"):
+        load_bundle(folder, device="cpu")
+
+
+def test_who_names_no_model_gets_the_first_bundled_one() -> None:
+    assert next(iter(bundled_models())) == "vidgen-tiny-hunyuan"
+    part = load_bundle("vidgen-tiny-hunyuan/network.safetensors", device="cpu")
+    assert part.headers["network"].path == bundled_models()["vidgen-tiny-hunyuan"] / "network.safetensors"
 
 
 def test_parts_that_do_not_fit_are_refused(tiny_bundle_dir: Path, tmp_path: Path) -> None:

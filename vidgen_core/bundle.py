@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from .codec import Codec
-from .errors import CheckpointError, FileError
+from .errors import CheckpointError, FileError, SettingsError
 from .families import TITLES, Found, TextEncoder, identify, identify_parts
 from .memory.cancel import listening
 from .memory.host import Host, LocalHost, bundled_models, memory_in_use
@@ -20,6 +21,8 @@ from .preview import LatentRGB, fit_preview
 from .types import VideoShape
 from .weights.header import Header, read_header
 from .weights.shards import ENDINGS, checkpoints_in
+
+log = logging.getLogger("vidgen")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +68,8 @@ def load_bundle(
 
     Args:
         source: a folder of checkpoints (or of folders with one each, as diffusers lays them out), the name of a
-            bundled model, or the files; None takes the first bundled one.
+            bundled model, the files, or one file with what it lacks beside it; None takes the first bundled model.
+            Of two networks in a folder, the one that needs no picture is taken.
         dtype: of the weights; None chooses for the device.
         device: None asks the host.
         storage: how the linear weights of the network's blocks are held, one of ``memory.place.CHOICES``.
@@ -116,7 +120,7 @@ def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Foun
     Raises:
         FileError, CheckpointError: as :func:`load_bundle`.
     """
-    headers, found = _sort_parts(_files(source))
+    headers, found = _sort_parts(*_files(source))
     families = {item.family.name for item in found.values()}
     if len(families) > 1:
         raise CheckpointError(
@@ -138,35 +142,59 @@ def _text_files(headers: Mapping[str, Header], found: Mapping[str, Found]) -> Te
     return {part: (headers[part], item) for part, item in found.items() if part in item.family.text.parts}
 
 
-def _files(source: Source) -> list[Path]:
+def _files(source: Source) -> tuple[list[Path], list[Path]]:
+    """(the files that are meant, those that may add what is missing)."""
     if source is None:
         bundled = bundled_models()
         if not bundled:
             raise FileError("No checkpoint comes with this installation", do="name a folder or files")
         return _files(next(iter(bundled.values())))
     if not isinstance(source, (str, Path)):
-        return [Path(item) for item in source]
+        return [Path(item) for item in source], []
     path = Path(source).expanduser()
-    if not path.exists() and str(source) in bundled_models():
-        path = bundled_models()[str(source)]
+    name, _, file = str(source).partition("/")
+    if not path.exists() and name in bundled_models():
+        path = bundled_models()[name] / file
     if path.is_dir():
         inner = sorted(folder for folder in path.iterdir() if folder.is_dir())
         files = checkpoints_in(path) or [file for folder in inner for file in checkpoints_in(folder)]
         if not files:
             expected = "files ending in " + ", ".join(ENDINGS)
             raise FileError("There is no checkpoint in this folder", given=path, expected=expected)
-        return files
+        return files, []
     if not path.exists():
         names = ", ".join(bundled_models()) or "none"
         expected = f"a folder, files, or the name of a bundled model ({names})"
         raise FileError("There is no such model", given=source, expected=expected)
-    return [path]
+    return [path], [other for other in checkpoints_in(path.parent) if other != path]
 
 
-def _sort_parts(files: Sequence[Path]) -> tuple[dict[str, Header], dict[str, Found]]:
-    """(part -> header, part -> what it is). A folder may hold other files, as long as each part is there once."""
-    headers: dict[str, Header] = {}
-    parts: dict[str, Found] = {}
+def _sort_parts(files: Sequence[Path], beside: Sequence[Path]) -> tuple[dict[str, Header], dict[str, Found]]:
+    """(part -> header, part -> what it is). Other files do no harm, as long as it is clear which ones to take."""
+    candidates, problems = _identified(files)
+    missing = _missing(candidates)
+    if missing and beside:
+        others, _ = _identified(beside)
+        candidates |= {part: found for part, found in others.items() if part not in candidates and part != "network"}
+        missing = _missing(candidates)
+    if missing and problems:
+        raise problems[0]
+    if missing:
+        raise CheckpointError(
+            f"The model lacks its {' and '.join(TITLES[part] for part in missing)}",
+            given=", ".join(str(path) for path in files),
+            expected="one file each for network, VAE and text encoders",
+        )
+    chosen = {part: _only(part, found) for part, found in candidates.items()}
+    return {part: header for part, (header, _) in chosen.items()}, {part: item for part, (_, item) in chosen.items()}
+
+
+_Candidates = dict[str, list[tuple[Header, Found]]]
+
+
+def _identified(files: Sequence[Path]) -> tuple[_Candidates, list[CheckpointError]]:
+    """(part -> the files that hold one, why the others hold none)."""
+    candidates: _Candidates = {}
     problems: list[CheckpointError] = []
     for path in files:
         try:
@@ -176,25 +204,41 @@ def _sort_parts(files: Sequence[Path]) -> tuple[dict[str, Header], dict[str, Fou
             problems.append(problem)
             continue
         for item in found:
-            if item.part in headers:
-                raise CheckpointError(
-                    f"There are two files with a {TITLES[item.part]}",
-                    given=f"{headers[item.part].path} and {path}",
-                    do="name the files to use instead of the folder",
-                )
-            headers[item.part], parts[item.part] = header, item
-    missing = [part for part in ("network", "codec") if part not in headers]
-    if not any(part in item.family.text.parts for part, item in parts.items()):
+            candidates.setdefault(item.part, []).append((header, item))
+    return candidates, problems
+
+
+def _missing(candidates: _Candidates) -> list[str]:
+    missing = [part for part in ("network", "codec") if part not in candidates]
+    if not any(part in items[0][1].family.text.parts for part, items in candidates.items()):
         missing.append("text")
-    if missing and problems:
-        raise problems[0]
-    if missing:
+    return missing
+
+
+def _only(part: str, candidates: list[tuple[Header, Found]]) -> tuple[Header, Found]:
+    """The one there is, or of two networks the one that makes videos from text alone."""
+    if len(candidates) > 1 and part == "network":
+        free = [one for one in candidates if not _needs_picture(one[1])]
+        if len(free) == 1:
+            others = ", ".join(header.path.name for header, _ in candidates if header is not free[0][0])
+            log.info("Took %s; name %s to go on from a picture", free[0][0].path.name, others)
+            return free[0]
+    if len(candidates) > 1:
         raise CheckpointError(
-            f"The model lacks its {' and '.join(TITLES[part] for part in missing)}",
-            given=", ".join(str(path) for path in files),
-            expected="one file each for network, VAE and text encoders",
+            f"There are two files with a {TITLES[part]}",
+            given=f"{candidates[0][0].path} and {candidates[1][0].path}",
+            do="name the files to use instead of the folder",
         )
-    return headers, parts
+    return candidates[0]
+
+
+def _needs_picture(network: Found) -> bool:
+    family, config = network.family, network.config
+    try:
+        family.keyframes.check(config, (), family.defaults(config).num_frames)
+    except SettingsError:
+        return True
+    return False
 
 
 def _check_fit(headers: Mapping[str, Header], found: Mapping[str, Found]) -> None:

@@ -17,6 +17,9 @@ from ..errors import Cancelled, FileError
 PARTS = ("network", "codec", "text", "vision")
 """kinds of files: diffusion network, VAE, text encoders (together or one by one), LLaVA's image encoder"""
 
+FIRST = "vidgen-tiny-hunyuan"
+"""the bundled model of those who name none"""
+
 FOLDERS = {
     "network": "diffusion_models",
     "codec": "vae",
@@ -137,11 +140,11 @@ def default_device() -> torch.device:
 
 
 def bundled_models() -> dict[str, Path]:
-    """name -> folder of the checkpoints that come with the package."""
+    """name -> folder of the checkpoints that come with the package; the first one is what who names none gets."""
     root = Path(__file__).resolve().parents[2] / "models"
     if not root.is_dir():
         return {}
-    folders = (path for path in sorted(root.iterdir()) if path.is_dir())
+    folders = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: (path.name != FIRST, path))
     return {path.name: path for path in folders if any(path.glob("*.safetensors"))}
 
 
