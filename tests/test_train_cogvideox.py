@@ -208,12 +208,25 @@ def test_a_pupil_is_asked_for_what_the_teacher_expects(recipe, objective, tiny_b
     assert not any("teacher" in name for name, _ in taught.named_parameters())
 
 
+def test_a_teacher_may_come_late(recipe, tiny_bundle_dir):
+    late = DitObjective(replace(recipe, teacher=replace(teacher_of(tiny_bundle_dir), start=0.5)))
+    early, after = (late.batch(replace(draw(), position=position)) for position in (0.49, 0.5))
+    assert torch.equal(early.wanted, early.x0)
+    assert torch.equal(early.x0, after.x0)
+    assert not torch.equal(after.wanted, after.x0)
+
+
 @pytest.mark.parametrize(
-    ("weight", "channels", "message"), [(2.0, 16, r"teacher\.weight = 2"), (1.0, 24, "a teacher of 16 channels")]
+    ("changes", "channels", "message"),
+    [
+        ({"weight": 2.0}, 16, r"teacher\.weight = 2"),
+        ({"start": 1.0}, 16, r"teacher\.start = 1"),
+        ({}, 24, "a teacher of 16 channels"),
+    ],
 )
-def test_teachers_that_cannot_teach_are_refused(tiny_bundle_dir, weight, channels, message):
+def test_teachers_that_cannot_teach_are_refused(tiny_bundle_dir, changes, channels, message):
     with pytest.raises(RecipeError, match=message):
-        Teacher(teacher_of(tiny_bundle_dir, weight), channels=channels, precision="fp32")
+        Teacher(replace(teacher_of(tiny_bundle_dir), **changes), channels=channels, precision="fp32")
 
 
 def test_it_learns_and_its_file_loads(recipe):

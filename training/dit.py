@@ -243,7 +243,7 @@ class DitObjective(Objective):
             captions,
             kind="held" if is_held else "image" if is_image else "video",
             pictures=torch.stack(pictures) if pictures else None,
-            teacher=self.teacher,
+            teacher=self.teacher if self.teacher is not None and draw.position >= self.teacher.start else None,
         )
 
     def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:

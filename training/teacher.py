@@ -30,6 +30,9 @@ class TeacherSettings:
     """the file of its text encoders"""
     weight: float = 1.0
     """share of the teacher's word in what the pupil is asked for, 0 to 1; the rest is the clip"""
+    start: float = 0.0
+    """share of the run before the teacher is asked. It takes as long as half a step: while the pupil knows little, more
+    steps teach it more; near the end, answers without noise do"""
 
 
 class Teacher:
@@ -42,7 +45,14 @@ class Teacher:
                 given=f"teacher.weight = {settings.weight}",
                 expected="a share, 0 to 1",
             )
+        if not 0 <= settings.start < 1:
+            raise RecipeError(
+                "The teacher has no time to begin",
+                given=f"teacher.start = {settings.start}",
+                expected="a share of the run: 0 or more and below 1",
+            )
         self.weight = settings.weight
+        self.start = settings.start
         self.model = load_network(settings.network, dtype=torch.float32)
         self.model.network.requires_grad_(False).eval()
         self.text = load_text(settings.text, dtype=torch.float32)
