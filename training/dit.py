@@ -32,6 +32,7 @@ from .data.latents import load_frozen_codec, open_latents
 from .data.pool import PoolSettings, drawing_odds, pick
 from .data.styles import STYLES
 from .export import export_network
+from .graft import fit_output, graft
 from .loop import Draw, Objective, mix
 from .lora import Adapters, LoraSettings, write_loras
 from .pictures import contact_sheet, to_pixels
@@ -42,6 +43,8 @@ from .team import ALONE, Team
 
 log = logging.getLogger("vidgen")
 
+GRAFT_CLIPS = 128
+"""to which the output layer of a grafted network is fitted"""
 HIDDEN_LAYERS = {
     "hunyuan": ("attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2", "linear1", "linear2"),
     "cogvideox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
@@ -174,6 +177,8 @@ class DitObjective(Objective):
             )
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
         self.odds = drawing_odds(self.cache.scenes, recipe.mix.emphasis)
+        if recipe.teacher is not None and recipe.teacher.graft and recipe.init is None:
+            self._graft()
         if recipe.compile:
             # One block of each kind is compiled and serves all of them: the whole network would take far longer.
             for block in blocks_at(self.network, self.model.family.blocks):
@@ -187,6 +192,20 @@ class DitObjective(Objective):
         if recipe.init is not None:
             start_from(recipe.init, "network", network, config, ignore=("accepts_first_frame",))
         return VideoModel.of(recipe.family, config, network, defaults=recipe.defaults)
+
+    def _graft(self) -> None:
+        """Begin with the teacher's weights, and an output layer fitted to a few of the clips."""
+        teacher, num = self.teacher, min(GRAFT_CLIPS, len(self.cache))
+        assert teacher is not None
+        rng, generator = np.random.default_rng(self.recipe.run.seed), torch.Generator().manual_seed(0)
+        captions = [shapes.caption(self.cache.scenes[index], rng) for index in range(num)]
+        graft(self.network, teacher.model.network, self.model.diffusion, teacher.text.encode(captions).pooled)
+        x0 = torch.stack([self.cache.video(index) for index in range(num)])
+        noise = torch.stack([self._noise(latent.shape, generator) for latent in x0])
+        batch = self._assembled(x0, noise, self.shares(num, generator), captions, teacher=teacher)
+        x_t = self.model.diffusion.add_noise(batch.x0, batch.noise, batch.t)
+        wanted = self.model.diffusion.target(batch.wanted, x_t, batch.t)
+        fit_output(self.network, lambda: self.model.predict(x_t, batch.t, batch.cond), wanted)
 
     def _check(self) -> None:
         family, config = self.model.family, self.model.config

@@ -33,6 +33,8 @@ class TeacherSettings:
     start: float = 0.0
     """share of the run before the teacher is asked. It takes as long as half a step: while the pupil knows little, more
     steps teach it more; near the end, answers without noise do"""
+    graft: bool = False
+    """the pupil begins with the teacher's weights, where the two are of one size, see ``graft.py``"""
 
 
 class Teacher:
