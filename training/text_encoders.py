@@ -40,7 +40,9 @@ class Encoders(Protocol):
     """a state predicts the word so many places after its own: the next one where states see only what comes before"""
     gives_padding: bool
     """the network attends to the states of padding, too"""
-    module: TextStack | T5Text
+
+    @property
+    def module(self) -> TextStack | T5Text: ...
 
     @property
     def widths(self) -> Mapping[str, int]:
@@ -83,7 +85,7 @@ class HunyuanEncoders:
 
     def spread_embeddings(self) -> None:
         embeddings = self.module.clip.text_model.embeddings
-        nn.init.normal_(self.module.llama.embed_tokens.weight, std=0.5)
+        nn.init.normal_(self.module.llama.get_parameter("embed_tokens.weight"), std=0.5)
         nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
 
@@ -103,7 +105,7 @@ class HunyuanEncoders:
         """
         llama, features = self.module.llama, self.read(texts).features
         scale = features.context[features.context_mask].square().mean().rsqrt()
-        llama.embed_tokens.weight.mul_(scale)
+        llama.get_parameter("embed_tokens.weight").mul_(scale)
         for layer in llama.layers:
             layer.self_attn.o_proj.weight.mul_(scale)
             layer.mlp.down_proj.weight.mul_(scale)
@@ -139,7 +141,7 @@ class CogVideoXEncoders:
         return self.module.config.t5.vocab_size
 
     def spread_embeddings(self) -> None:
-        nn.init.normal_(self.module.t5.get_submodule("embed_tokens").weight, std=0.5)
+        nn.init.normal_(self.module.t5.get_parameter("embed_tokens.weight"), std=0.5)
         # Heads that look to chosen places from the start learn early which noun a colour stands before.
         nn.init.normal_(self.module.t5.get_parameter(POSITION_BIAS), std=2.0)
 
@@ -153,7 +155,7 @@ class CogVideoXEncoders:
     def normalise(self, texts: Sequence[str]) -> None:
         """Over all states, those of padding among them; the last norm's weight scales them exactly."""
         scale = self.read(texts).features.context.square().mean().rsqrt()
-        self.module.t5.get_submodule("final_layer_norm").weight.mul_(scale)
+        self.module.t5.get_parameter("final_layer_norm.weight").mul_(scale)
 
 
 def encoders_of(config: TextConfig | T5TextConfig, tokenizer: Tokenizer) -> Encoders:
