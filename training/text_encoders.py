@@ -106,9 +106,9 @@ class HunyuanEncoders:
         llama, features = self.module.llama, self.read(texts).features
         scale = features.context[features.context_mask].square().mean().rsqrt()
         llama.get_parameter("embed_tokens.weight").mul_(scale)
-        for layer in llama.layers:
-            layer.self_attn.o_proj.weight.mul_(scale)
-            layer.mlp.down_proj.weight.mul_(scale)
+        for name, parameter in llama.named_parameters():
+            if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
+                parameter.mul_(scale)
         norm = self.module.clip.text_model.final_layer_norm
         mean = features.pooled.mean(0)
         scale = (features.pooled - mean).square().mean().rsqrt()
