@@ -14,7 +14,17 @@ from typing import Any
 from ..vidgen_core.errors import UserError
 
 MEDIA = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif", ".webp"})
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "imageio-ffmpeg", "numpy", "pillow")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "gguf",
+    "imageio-ffmpeg",
+    "numpy",
+    "pillow",
+)
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with fp8 matrix units
 
 

@@ -1,4 +1,4 @@
-"""CogVideoX's T5: states against transformers, tokenizer against sentencepiece, published files, and errors.
+"""CogVideoX's T5: states and tokenizer against transformers, published files, and errors.
 
 Compared in float32 are weights that do not amplify rounding: what a layer adds to the residual stream is at a tenth.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.vidgen_core.embeddings import Embeddings, load_embeddings, save_embeddings
-from vidgen.vidgen_core.errors import CheckpointError, FileError, SettingsError
+from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, SettingsError
 from vidgen.vidgen_core.families import FAMILIES, identify, identify_parts
 from vidgen.vidgen_core.families.cogvideox.config import T5_XXL, T5Dims, TextConfig
 from vidgen.vidgen_core.families.cogvideox.parts import TEXT_ASSEMBLY
 from vidgen.vidgen_core.families.cogvideox.text import T5Text
 from vidgen.vidgen_core.families.cogvideox.text_keys import T5_LAYOUTS, check_published
 from vidgen.vidgen_core.model import inspect_file, load_text
-from vidgen.vidgen_core.text.sentencepiece import tokenizer_from_spiece
+from vidgen.vidgen_core.text.sentencepiece import tokenizer_from_metadata, tokenizer_from_spiece, unigram_tokenizer
 from vidgen.vidgen_core.text.t5 import GatedFeedForward, build_t5, t5_states
-from vidgen.vidgen_core.text.tokenizer import Tokenizer
+from vidgen.vidgen_core.text.tokenizer import METADATA_KEY, Tokenizer
 from vidgen.vidgen_core.text.tokenizer_files import TokenizerPlaces
 from vidgen.vidgen_core.weights.config import config_to_json
 from vidgen.vidgen_core.weights.header import Header, TensorInfo, read_header
@@ -220,14 +222,34 @@ def test_an_empty_prompt_is_encoded_or_zeros(tokenizer: Tokenizer) -> None:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_tokens_equal_sentencepiece(text: str, spiece: bytes, tokenizer: Tokenizer) -> None:
-    import sentencepiece
+@pytest.fixture(scope="module")
+def transformers_tokenizer(spiece: bytes, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The one of the diffusers pipeline."""
+    from transformers import T5Tokenizer
 
-    processor = sentencepiece.SentencePieceProcessor(model_proto=spiece)
-    assert tokenizer.encode([text], special_tokens=False)[0] == processor.encode(text)
-    assert tokenizer.encode([text])[0] == [*processor.encode(text), 1]
-    assert tokenizer.num_ids == processor.vocab_size() + 100
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "spiece.model").write_bytes(spiece)
+    return T5Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_equal_transformers(text: str, tokenizer: Tokenizer, transformers_tokenizer: Any) -> None:
+    expected = transformers_tokenizer(text).input_ids
+    assert tokenizer.encode([text])[0] == expected
+    assert expected[-1] == 1
+    assert tokenizer.encode([text], special_tokens=False)[0] == expected[:-1]
+    assert tokenizer.num_ids == tokenizer.vocab_size == len(transformers_tokenizer)
+
+
+def test_a_tokenizer_is_a_copy_away_from_another_process(tokenizer: Tokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+def test_ids_of_pieces(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.id_of(word) for word in ("<pad>", "</s>", "<unk>", "no such piece")] == [0, 1, 2, None]
+    (panda,) = tokenizer.encode(["a"], special_tokens=False)
+    assert panda == [tokenizer.id_of("▁a")]
 
 
 def test_prompts_end_and_are_padded(tokenizer: Tokenizer) -> None:
@@ -397,14 +419,18 @@ def test_float8_files_load(scaled: bool, wide: T5Text, tokens: TokenizerPlaces, 
     assert relative_error(streamed.encode([PROMPT]).context, found.encode([PROMPT]).context) < 1e-5  # type: ignore[operator]
 
 
+def parsed(spiece: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(spiece)
+
+
 def write_gguf(path: Path, text: T5Text, spiece: bytes | None) -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(path, "t5encoder")
     if spiece is not None:
-        from sentencepiece import sentencepiece_model_pb2 as pb
-
-        model = pb.ModelProto.FromString(spiece)
+        model = parsed(spiece)
         writer.add_tokenizer_model("t5")
         writer.add_token_list([piece.piece for piece in model.pieces])
         writer.add_token_scores([piece.score for piece in model.pieces])
@@ -474,6 +500,21 @@ def test_our_own_file_carries_everything(tokenizer: Tokenizer, tmp_path: Path) -
     assert inspect_file(path)["part"] == "text"
 
 
+def test_a_file_that_carries_a_tokenizer_json(spiece: bytes, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As files had it before the sentencepiece library cut their prompts: the same vocabulary, spelled out."""
+    model = parsed(spiece)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    spelled = unigram_tokenizer(pieces, model.normalizer_spec.precompiled_charsmap)
+    assert spelled.encode(TEXTS) == tokenizer.encode(TEXTS)
+    text = made(spelled)
+    path = tmp_path / "text.safetensors"
+    save_checkpoint(
+        path, text.state_dict(), family="cogvideox", part="text", config=text.config, metadata=text.metadata()
+    )
+    assert "model" in json.loads(read_header(path).metadata[METADATA_KEY])
+    assert_same(load_text(path), made(tokenizer))
+
+
 def test_encoded_prompts_are_saved_and_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = made(tokenizer)
     features = text.encode([PROMPT])
@@ -540,6 +581,44 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
 def test_bytes_that_are_no_tokenizer(data: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         tokenizer_from_spiece(data)
+
+
+def test_a_vocabulary_without_an_end() -> None:
+    with pytest.raises(CheckpointError, match=r"without </s>"):
+        tokenizer_from_spiece(trained(eos_piece="<end>"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "tokenizer cannot be read"),
+        ("[]", "tokenizer cannot be read"),
+        ('{"spiece.model": 3}', "no base64"),
+        ('{"spiece.model": "$$$$"}', "no base64"),
+        ('{"spiece.model": ""}', "0 pieces"),
+        ('{"spiece.model": "aGVsbG8="}', "damaged or something else"),
+    ],
+)
+def test_metadata_that_is_no_tokenizer(text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        tokenizer_from_metadata(text)
+
+
+def test_without_the_library_the_message_names_it(
+    spiece: bytes,
+    wide: T5Text,
+    published: Callable[..., Path],
+    tokens: TokenizerPlaces,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not as a tokenizer that is damaged or was not found."""
+    path = published("safetensors", tmp_path / "t5", huggingface(wide))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(MissingLibraryError, match="pip install sentencepiece"):
+        tokenizer_from_spiece(spiece)
+    with pytest.raises(MissingLibraryError, match="pip install sentencepiece"):
+        load_text(path, tokenizers=tokens)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])

@@ -16,24 +16,43 @@ from safetensors.torch import load_file
 from vidgen.training import cli
 from vidgen.training import text as training
 from vidgen.training.data.shapes import ATTRIBUTES
-from vidgen.training.recipe import read_recipe
-from vidgen.training.text_recipe import TextRecipe
+from vidgen.training.text_encoders import CogVideoXEncoders, Encoders, HunyuanEncoders, encoders_of
+from vidgen.training.text_recipe import RECIPES, T5Recipe, TextRecipe, read_text_recipe
 from vidgen.vidgen_core.errors import RecipeError
 from vidgen.vidgen_core.families import identify
-from vidgen.vidgen_core.families.hunyuan.config import TextConfig
+from vidgen.vidgen_core.families.cogvideox.text import T5Text
 from vidgen.vidgen_core.families.hunyuan.text import TextStack
+from vidgen.vidgen_core.model import load_text
+from vidgen.vidgen_core.text.features import TextFeatures
 from vidgen.vidgen_core.weights.header import read_header
-from vidgen.vidgen_core.weights.load import load_module
 
 WIDTH = 32
+CONFIGS = {
+    "hunyuan": training.tiny_text_config(width=WIDTH),
+    "cogvideox": training.tiny_t5_config(width=WIDTH, intermediate_size=64),
+}
+KINDS = {"hunyuan": TextStack, "cogvideox": T5Text}
+SUMMARIES = {"hunyuan": "pooled", "cogvideox": "last"}
 
 
-def _config() -> TextConfig:
-    return training.tiny_text_config(width=WIDTH)
+@pytest.fixture(params=list(CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def _train(out: Path, steps: int, seed: int = 0, *, num_test: int = 20, **options: Any) -> dict[str, float]:
-    return training.train_text(_config(), steps=steps, seed=seed, out=out, batch=16, num_test=num_test, **options)
+def _train(
+    out: Path, family: str, steps: int, seed: int = 0, *, num_test: int = 20, **options: Any
+) -> dict[str, float]:
+    config = CONFIGS[family]
+    return training.train_text(config, steps=steps, seed=seed, out=out, batch=16, num_test=num_test, **options)
+
+
+def _untrained(family: str) -> Encoders:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoders = encoders_of(CONFIGS[family], training.caption_tokenizer())
+        encoders.spread_embeddings()
+    return encoders
 
 
 @pytest.mark.parametrize("noise", [0.0, training.NOISE])
@@ -44,7 +63,7 @@ def test_captions_are_within_the_vocabulary_and_the_length(noise: float) -> None
     captions = training.sample_captions(np.random.default_rng(0), 1000, "all", noise=noise)
     for text, row in zip(captions.texts, tokenizer.encode(captions.texts), strict=True):
         assert row.count(unknown) == text.split().count(training.STRANGER), text
-        assert len(row) <= _config().max_length
+        assert len(row) <= min(config.max_length for config in CONFIGS.values())
 
 
 def test_labels_say_what_captions_say() -> None:
@@ -63,59 +82,121 @@ def test_labels_say_what_captions_say() -> None:
     assert seen.any(0).all(), "every attribute is left out somewhere"
 
 
-def test_the_attributes_are_learned(tmp_path: Path) -> None:
+def test_the_attributes_are_learned(family: str, tmp_path: Path) -> None:
     """A chance classifier reads the colour right in 1 of 8 captions; 100 small steps teach most of it."""
     lines: list[tuple[int, dict[str, float]]] = []
 
     def remember(step: int, parts: Mapping[str, float]) -> None:
         lines.append((step, dict(parts)))
 
-    scores = _train(tmp_path / "text.safetensors", 100, num_test=300, learning_rate=4e-3, on_log=remember)
+    scores = _train(tmp_path / "text.safetensors", family, 100, num_test=300, learning_rate=4e-3, on_log=remember)
     assert [step for step, _ in lines] == [50, 100]
-    assert lines[-1][1]["pooled"] < lines[0][1]["pooled"]
-    assert scores["pooled/count"] > 0.9
-    assert scores["pooled/colour"] > 0.5
-    assert scores["context/rms"] == pytest.approx(1.0, abs=0.1)
-    assert scores["pooled/rms"] == pytest.approx(1.0, abs=0.1)
+    summary = SUMMARIES[family]
+    assert lines[-1][1][summary] < lines[0][1][summary]
+    assert scores[f"{summary}/count"] > 0.9
+    assert scores[f"{summary}/colour"] > 0.5
+    assert {name: value for name, value in scores.items() if name.endswith("/rms")} == pytest.approx(
+        {"context/rms": 1.0, "pooled/rms": 1.0} if family == "hunyuan" else {"context/rms": 1.0}, abs=0.1
+    )
+    if family == "cogvideox":
+        assert lines[-1][1]["padding"] < lines[0][1]["padding"]
+        assert scores["padding/apart"] < 1  # of states whose size is 1
 
 
-def test_a_seed_fixes_the_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_seed_fixes_the_file_and_nothing_else(family: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
     threads = torch.get_num_threads()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        _train(tmp_path / f"{name}.safetensors", 3, seed)
+        _train(tmp_path / f"{name}.safetensors", family, 3, seed)
     a, b, c = (load_file(tmp_path / f"{name}.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not any(torch.equal(a[name], c[name]) for name in a if "proj.weight" in name)
+    matrices = [name for name, tensor in a.items() if tensor.ndim == 2]
+    assert matrices
+    assert not any(torch.equal(a[name], c[name]) for name in matrices)
     assert torch.equal(torch.rand(1), expected), "the global generator was left alone"
     assert torch.get_num_threads() == threads
 
 
-def test_the_file_alone_is_enough(tmp_path: Path) -> None:
+def test_the_file_alone_is_enough(family: str, tmp_path: Path) -> None:
     out = tmp_path / "new" / "text.safetensors"
-    _train(out, 2)
-    header = read_header(out)
-    found = identify(header)
-    assert (found.family.name, found.part, found.config) == ("hunyuan", "text", _config())
-    part = found.family.parts["text"]
-    stack = load_module(header, lambda: part.build(found.config, header.metadata))
-    assert isinstance(stack, TextStack)
+    _train(out, family, 2)
+    found = identify(read_header(out))
+    assert (found.family.name, found.part, found.config) == (family, "text", CONFIGS[family])
+    stack: Any = load_text(out)
+    assert type(stack) is KINDS[family]
+    assert stack.tokenizer.to_json() == training.caption_tokenizer().to_json()
     features = stack.encode(["a red circle moves left", "", "an unheard-of zebra"])
     assert features.context.shape == (3, 32, WIDTH)
+    assert features.pooled.shape == (3, WIDTH if family == "hunyuan" else 0)
+    assert torch.isfinite(features.context).all()
     assert torch.isfinite(features.pooled).all()
 
 
-def test_normalising_is_exact() -> None:
+def test_words_that_nobody_taught_are_all_alike(family: str) -> None:
+    """A prompt of the user's own vocabulary is read as if its strangers were one word, whatever its case."""
+    encode = _untrained(family).module.encode
+    ours, theirs = encode(["a zebra moves left"]), encode(["A QUAGGA moves left"])
+    assert torch.equal(ours.context, theirs.context)
+    assert not torch.equal(ours.context, encode(["a star moves left"]).context)
+
+
+@pytest.mark.parametrize("texts", [("a red star",), ("", "two blue circles move left , zoom in")])
+def test_readings_tell_words_from_padding(family: str, texts: tuple[str, ...]) -> None:
+    """Masked are exactly the words and special tokens; of T5 all padding is there, since the words see it."""
+    encoders = _untrained(family)
+    reading = encoders.read(texts)
+    rows = training.caption_tokenizer().encode(texts)
+    if family == "cogvideox":
+        rows = [row[1:] for row in rows]  # T5 has no token for the beginning
+    assert [ids[mask].tolist() for ids, mask in zip(reading.ids, reading.features.context_mask, strict=True)] == rows
+    assert reading.ids.shape[1] == (max(map(len, rows)) if family == "hunyuan" else 32)
+    states = training.readouts(reading.features)
+    assert states.keys() == dict(encoders.widths).keys()
+    for row, words in enumerate(rows):
+        own = reading.features.context[row, : len(words)]
+        torch.testing.assert_close(states["mean"][row], own.mean(0))
+        assert torch.equal(states["last"][row], own[-1])
+
+
+def test_padding_is_measured_from_the_last_state() -> None:
+    context = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [3.0, 6.0]]])
+    mask = torch.tensor([[True, True, False]])
+    features = TextFeatures(context=context, context_mask=mask, pooled=torch.zeros(1, 0))
+    last = training.readouts(features)["last"]
+    assert training._distance_of_padding(features, last).item() == 2.0  # (0 + 4) / 2
+    full = TextFeatures(context=context, context_mask=torch.ones_like(mask), pooled=torch.zeros(1, 0))
+    assert training._distance_of_padding(full, last).item() == 0.0
+
+
+def test_a_state_is_asked_for_the_next_word_or_its_own() -> None:
+    """The word's part of the loss is a cross entropy with the words that the states can know."""
+    for family, ahead in (("hunyuan", 1), ("cogvideox", 0)):
+        encoders = _untrained(family)
+        heads = training.Heads(encoders)
+        captions = training.sample_captions(np.random.default_rng(0), 4, "train")
+        reading = encoders.read(captions.texts)
+        parts = training._loss(encoders, heads, reading, captions.labels)
+        counts = reading.features.context_mask.sum(1).tolist()
+        states = [row[: count - ahead] for row, count in zip(reading.features.context, counts, strict=True)]
+        words = [row[ahead:count] for row, count in zip(reading.ids, counts, strict=True)]
+        expected = torch.nn.functional.cross_entropy(heads.words(torch.cat(states)), torch.cat(words))
+        torch.testing.assert_close(parts["word"], 0.1 * expected)
+        assert ("padding" in parts) == (family == "cogvideox")
+
+
+def test_normalising_is_exact(family: str) -> None:
     """States are scaled as a whole: their directions stay. 1e-3: the epsilon in LLaMA's norms feels the scale."""
-    torch.manual_seed(0)
-    stack = TextStack(_config(), training.caption_tokenizer())
-    training._spread_embeddings(stack)
+    encoders = _untrained(family)
     texts = training.sample_captions(np.random.default_rng(0), 64, "train").texts
-    before = stack.encode(texts)
-    training._normalise(stack, texts)
-    after = stack.encode(texts)
+    with torch.no_grad():
+        for name, parameter in encoders.module.named_parameters():
+            if name == "t5.final_layer_norm.weight":
+                parameter.mul_(3)
+    before = encoders.module.encode(texts)
+    encoders.normalise(texts)
+    after = encoders.module.encode(texts)
     mask = before.context_mask
     torch.testing.assert_close(
         torch.nn.functional.normalize(after.context[mask], dim=-1),
@@ -124,8 +205,9 @@ def test_normalising_is_exact() -> None:
         rtol=0,
     )
     assert after.context[mask].square().mean().item() == pytest.approx(1.0, abs=1e-3)
-    torch.testing.assert_close(after.pooled.mean(0), torch.zeros(WIDTH), atol=1e-5, rtol=0)
-    assert after.pooled.square().mean().item() == pytest.approx(1.0, abs=1e-4)
+    if family == "hunyuan":
+        torch.testing.assert_close(after.pooled.mean(0), torch.zeros(WIDTH), atol=1e-5, rtol=0)
+        assert after.pooled.square().mean().item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_probe_and_explained_variance_on_known_data() -> None:
@@ -143,55 +225,88 @@ def test_probe_and_explained_variance_on_known_data() -> None:
 
 def test_the_skipped_layer_is_not_built() -> None:
     """Two of three layers are built and stored."""
-    assert len(TextStack(_config()).llama.layers) == 2
+    assert len(TextStack(training.tiny_text_config(width=WIDTH)).llama.layers) == 2
+
+
+def test_the_encoders_know_their_family() -> None:
+    kinds = {family: type(_untrained(family)) for family in CONFIGS}
+    assert kinds == {"hunyuan": HunyuanEncoders, "cogvideox": CogVideoXEncoders}
+    assert {kind.family for kind in kinds.values()} == set(RECIPES)
 
 
 # ---- by a recipe -----------------------------------------------------------------------------------------------
 
-RECIPE = Path(cli.__file__).parent / "recipes" / "tiny_hunyuan_text.toml"
+FOLDER = Path(cli.__file__).parent / "recipes"
+STEPS = {"hunyuan": 600, "cogvideox": 1200}
 
 
-def test_the_bundled_recipe_spells_out_the_published_run() -> None:
-    recipe = read_recipe(RECIPE, TextRecipe)
-    assert (recipe.run.seed, recipe.run.threads, recipe.schedule.steps) == (0, 1, 600)
-    assert recipe == TextRecipe(stage="text", run=recipe.run), "it states the defaults, so that they may change"
+def _recipe(family: str) -> Path:
+    return FOLDER / f"tiny_{family}_text.toml"
 
 
-def test_a_recipe_trains_what_the_function_trains(tmp_path: Path) -> None:
+def test_the_bundled_recipe_spells_out_the_published_run(family: str) -> None:
+    recipe = read_text_recipe(_recipe(family))
+    assert (recipe.run.seed, recipe.run.threads, recipe.schedule.steps) == (0, 1, STEPS[family])
+    plain = (
+        TextRecipe(stage="text", run=recipe.run)
+        if family == "hunyuan"
+        else T5Recipe(stage="text", family="cogvideox", run=recipe.run, schedule=recipe.schedule)
+    )
+    assert recipe == plain, "it states the defaults, so that they may change"
+
+
+def test_the_bundled_t5_has_the_promised_size() -> None:
+    recipe = read_text_recipe(_recipe("cogvideox"))
+    text = T5Text(recipe.model.config(), training.caption_tokenizer())  # type: ignore[arg-type]
+    assert 6e5 < sum(parameter.numel() for parameter in text.parameters()) < 8e5
+
+
+def test_a_recipe_trains_what_the_function_trains(family: str, tmp_path: Path) -> None:
     changes = [f"model.width={WIDTH}", "schedule.steps=3", "optimizer.batch_size=16", "num_test=20"]
+    changes += ["model.intermediate_size=64"] if family == "cogvideox" else []
     places = [f"run.folder={str(tmp_path)!r}", "run.name=small"]
     arguments = [part for change in (*changes, *places) for part in ("--set", change)]
-    assert cli.main([str(RECIPE), *arguments]) == 0
-    expected = _train(tmp_path / "direct.safetensors", 3)
+    assert cli.main([str(_recipe(family)), *arguments]) == 0
+    expected = _train(tmp_path / "direct.safetensors", family, 3)
     by_recipe, direct = (load_file(tmp_path / name) for name in ("small/text.safetensors", "direct.safetensors"))
     assert by_recipe.keys() == direct.keys()
     assert all(torch.equal(by_recipe[name], direct[name]) for name in direct)
     notes = json.loads((tmp_path / "small" / "scores.json").read_text())
     assert notes["scores"] == expected
     assert notes["recipe"]["schedule"]["steps"] == 3
+    assert notes["recipe"]["family"] == family
     (row,) = csv.DictReader((tmp_path / "small" / "loss.csv").open())
     assert row["step"] == "3"
-    parts = {"pooled", "mean", "last", "additive", "next_word", "scale"}
+    parts = {"mean", "last", "additive", "word", "scale", "pooled" if family == "hunyuan" else "padding"}
+    assert row.keys() == parts | {"step", "loss"}
     assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in parts), rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("of", "override", "message"),
     [
-        ("model.widht=32", "width"),
-        ("run.precision='bf16'", "precision"),
-        ("optimizer.batch_size=0", "more than 0"),
-        ("model.width=36", "heads"),
-        ("model.skip_layers=3", "No layer"),
-        ("stage.text=1", "no table"),
+        ("hunyuan", "model.widht=32", "width"),
+        ("hunyuan", "run.precision='bf16'", "precision"),
+        ("hunyuan", "optimizer.batch_size=0", "more than 0"),
+        ("hunyuan", "model.width=36", "heads"),
+        ("hunyuan", "model.skip_layers=3", "No layer"),
+        ("hunyuan", "stage.text=1", "no table"),
+        ("hunyuan", "family=hunyuann", "did you mean 'hunyuan'"),
+        ("hunyuan", "family=cogvideox", "Unknown option of T5Sizes"),
+        ("cogvideox", "family=hunyuan", "Unknown option of TextSizes"),
+        ("cogvideox", "family=[1]", "Unknown family"),
+        ("cogvideox", "model.llama_layers=3", "'llama_layers'"),
+        ("cogvideox", "model.width=34", "multiple of the number of heads"),
+        ("cogvideox", "model.num_layers=0", "more than 0"),
+        ("cogvideox", "schedule.steps=-1", "more than 0"),
     ],
 )
-def test_a_wrong_recipe_trains_nothing(tmp_path: Path, override: str, message: str) -> None:
+def test_a_wrong_recipe_trains_nothing(tmp_path: Path, of: str, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        cli.train(RECIPE, [f"run.folder={str(tmp_path)!r}", override])
+        cli.train(_recipe(of), [f"run.folder={str(tmp_path)!r}", override])
     assert not list(tmp_path.iterdir())
 
 
-def test_there_is_nothing_to_finish(tmp_path: Path) -> None:
+def test_there_is_nothing_to_finish(family: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no checkpoints"):
-        cli.train(RECIPE, [f"run.folder={str(tmp_path)!r}"], finish_now=True)
+        cli.train(_recipe(family), [f"run.folder={str(tmp_path)!r}"], finish_now=True)

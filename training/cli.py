@@ -60,10 +60,9 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = T
 
 def _train_text(recipe: str | Path, overrides: Sequence[str], *, finish_now: bool) -> None:
     """The text encoders have a short loop of their own: no checkpoints, no processes."""
-    from .recipe import read_recipe
-    from .text_recipe import TextRecipe, train_by_recipe
+    from .text_recipe import read_text_recipe, train_by_recipe
 
-    settings = read_recipe(recipe, TextRecipe, overrides)
+    settings = read_text_recipe(recipe, overrides)
     if finish_now:
         raise RecipeError("This stage keeps no checkpoints", given='stage = "text"', do="train it anew, for minutes")
     train_by_recipe(settings)

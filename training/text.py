@@ -1,14 +1,15 @@
-"""Teach the tiny pair of text encoders what captions say.
+"""Teach a family's tiny text encoders what captions say.
 
 The published encoders have read the internet; the tiny ones only ever need to read captions of
 :mod:`.data.shapes`. After a few minutes on one core their frozen outputs hold each attribute of a
 caption along directions of its own, also in combinations that were never seen:
 
-* linear classifiers read every attribute from CLIP's pooled vector, from the mean of LLaMA's states,
-  and from LLaMA's last state; what a caption leaves out is a class of its own ("unspecified");
-* the pooled vector is drawn towards a sum of one learned vector per attribute, so that the wording
-  and the combination leave little trace in it;
-* LLaMA also predicts the next word;
+* linear classifiers read every attribute from the mean of the words' states, from the last of them and, where
+  there is one, from the pooled vector; what a caption leaves out is a class of its own ("unspecified");
+* the pooled vector, or else the last state, is drawn towards a sum of one learned vector per attribute, so that
+  the wording and the combination leave little trace in it;
+* the states also predict words: LLaMA's the next one, T5's their own;
+* where the network attends to padding, its states are drawn towards the last one, so that they say nothing else;
 * phrases are replaced by what else a user might write, unknown words turn up anywhere, and words without
   meaning go missing.
 
@@ -30,11 +31,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..vidgen_core.families.cogvideox.config import TextConfig as T5TextConfig
 from ..vidgen_core.families.hunyuan.config import ClipDims, LlamaDims, Template, TextConfig
-from ..vidgen_core.families.hunyuan.text import TextFeatures, TextStack
+from ..vidgen_core.text.dims import T5Dims
+from ..vidgen_core.text.features import TextFeatures
 from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, Tokenizer
 from ..vidgen_core.weights.save import save_checkpoint
 from .data.shapes import ATTRIBUTES, VOCABULARY, caption_with_fields, sample_scene
+from .text_encoders import Encoders, Reading, encoders_of
 
 log = logging.getLogger("vidgen")
 
@@ -95,7 +99,6 @@ STILL_IMAGE = 0.1
 """share of captions of a single frame; they speak of no motion and no camera"""
 IMPLIED = {"motion": "still", "camera": "static"}
 """what a caption means that does not speak of it: the words alone cannot tell an image from a clip at rest"""
-READOUTS = ("pooled", "mean", "last")
 
 
 def caption_tokenizer() -> Tokenizer:
@@ -141,6 +144,26 @@ def tiny_text_config(
         bos_token_id=_required_id(tokenizer, BOS),
         video_template=bare,
         image_template=bare,
+    )
+
+
+def tiny_t5_config(
+    *, width: int = 128, num_heads: int = 4, num_layers: int = 3, intermediate_size: int = 384, max_length: int = 32
+) -> T5TextConfig:
+    """A T5 of about 0.7 M parameters for the captions."""
+    tokenizer = caption_tokenizer()
+    return T5TextConfig(
+        t5=T5Dims(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=width,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_size=width // num_heads,
+            intermediate_size=intermediate_size,
+        ),
+        max_length=max_length,
+        pad_token_id=_required_id(tokenizer, PAD),
+        eos_token_id=_required_id(tokenizer, EOS),
     )
 
 
@@ -220,51 +243,61 @@ def _with_noise(words: list[str], rng: np.random.Generator, chance: float) -> li
 
 
 class Heads(nn.Module):
-    """Linear readers of the attributes, the sum of attribute vectors, and the next-word head."""
+    """Linear readers of the attributes, the sum of attribute vectors, and the head that tells words."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, encoders: Encoders) -> None:
         super().__init__()
         self.num_classes = [len(values) + 1 for values in ATTRIBUTES.values()]
-        widths = {"pooled": config.clip.hidden_size, "mean": config.llama.hidden_size, "last": config.llama.hidden_size}
-        self.readers = nn.ModuleDict({name: nn.Linear(widths[name], sum(self.num_classes)) for name in READOUTS})
-        self.attribute_vectors = nn.Linear(sum(self.num_classes), config.clip.hidden_size)
-        self.next_word = nn.Linear(config.llama.hidden_size, config.llama.vocab_size, bias=False)
+        widths = encoders.widths
+        self.readers = nn.ModuleDict({name: nn.Linear(width, sum(self.num_classes)) for name, width in widths.items()})
+        self.attribute_vectors = nn.Linear(sum(self.num_classes), widths[encoders.summary])
+        self.words = nn.Linear(widths["mean"], encoders.vocab_size, bias=False)
 
-    def logits(self, features: TextFeatures) -> dict[str, tuple[Tensor, ...]]:
+    def logits(self, vectors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
         """Per readout, one (B, classes) tensor for each attribute."""
-        vectors = readouts(features)
-        return {name: self.readers[name](vectors[name]).split(self.num_classes, dim=1) for name in READOUTS}
+        return {name: reader(vectors[name]).split(self.num_classes, dim=1) for name, reader in self.readers.items()}
 
-    def expected_pooled(self, labels: Tensor) -> Tensor:
-        """The sum of the vectors of the stated attributes: (B, attributes) -> (B, P)."""
+    def expected_summary(self, labels: Tensor) -> Tensor:
+        """The sum of the vectors of the stated attributes: (B, attributes) -> (B, width of the summary)."""
         hot = [F.one_hot(labels[:, i], n) for i, n in enumerate(self.num_classes)]
         return self.attribute_vectors(torch.cat(hot, dim=1).to(self.attribute_vectors.weight.dtype))
 
 
 def readouts(features: TextFeatures) -> dict[str, Tensor]:
-    """The vectors (B, width) from which attributes are read."""
+    """The vectors (B, width) from which attributes are read, "pooled" where there is one; the mask omits padding."""
     weight = features.context_mask.to(features.context.dtype)[..., None]
     count = features.context_mask.sum(1)
     rows = torch.arange(len(count), device=count.device)
+    pooled = {"pooled": features.pooled} if features.pooled.shape[1] else {}
     return {
-        "pooled": features.pooled,
+        **pooled,
         "mean": (features.context * weight).sum(1) / weight.sum(1),
         "last": features.context[rows, count - 1],
     }
 
 
-def _loss(heads: Heads, features: TextFeatures, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _loss(encoders: Encoders, heads: Heads, reading: Reading, labels: Tensor) -> dict[str, Tensor]:
+    features, ids = reading.features, reading.ids
+    vectors, mask = readouts(features), features.context_mask
     parts = {
         name: sum((F.cross_entropy(x, labels[:, i]) for i, x in enumerate(logits)), start=torch.zeros(()))
-        for name, logits in heads.logits(features).items()
+        for name, logits in heads.logits(vectors).items()
     }
-    parts["additive"] = F.mse_loss(heads.expected_pooled(labels), features.pooled)
-    mask = features.context_mask
-    words = heads.next_word(features.context[:, :-1])[mask[:, 1:]]
-    parts["next_word"] = 0.1 * F.cross_entropy(words, ids[:, 1:][mask[:, 1:]])
+    parts["additive"] = F.mse_loss(heads.expected_summary(labels), vectors[encoders.summary])
+    foretold = mask[:, encoders.ahead :]
+    words = heads.words(features.context[:, : foretold.shape[1]])[foretold]
+    parts["word"] = 0.1 * F.cross_entropy(words, ids[:, encoders.ahead :][foretold])
     power = features.context[mask].square().mean(-1)
     parts["scale"] = 0.1 * (power - 1).square().mean()
+    if encoders.gives_padding:
+        parts["padding"] = _distance_of_padding(features, vectors["last"].detach())
     return parts
+
+
+def _distance_of_padding(features: TextFeatures, last: Tensor) -> Tensor:
+    """Mean square distance of padding's states from the caption's last state; 0 where no caption has padding."""
+    apart = (features.context - last[:, None])[~features.context_mask]
+    return apart.square().sum() / max(apart.numel(), 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,7 +305,7 @@ def _loss(heads: Heads, features: TextFeatures, ids: Tensor, labels: Tensor) -> 
 
 
 def train_text(
-    config: TextConfig,
+    config: TextConfig | T5TextConfig,
     *,
     steps: int,
     seed: int,
@@ -286,7 +319,7 @@ def train_text(
     """Train encoders of ``config`` on captions and write them to ``out`` as safetensors.
 
     Args:
-        config: sizes; the vocabulary must hold :func:`caption_tokenizer`'s.
+        config: sizes, of the family whose class it is; the vocabulary must hold :func:`caption_tokenizer`'s.
         steps: optimizer steps of ``batch`` captions each.
         seed: fixes everything, given the number of threads.
         on_log: called every 50 steps with the parts of the loss.
@@ -294,23 +327,24 @@ def train_text(
 
     Returns:
         Accuracies "READOUT/ATTRIBUTE" in 0..1 on held-out combinations, their "READOUT/worst", the share of
-        captions read without any mistake "READOUT/all", "pooled/additive" (share of the pooled vector's
-        variance that a sum over attributes explains), and the root mean squares "context/rms", "pooled/rms".
+        captions read without any mistake "READOUT/all", "SUMMARY/additive" (share of the variance of the pooled
+        vector, or of the last state without one, that a sum over attributes explains), and the root mean squares
+        "context/rms" and, where they exist, "pooled/rms" and "padding/apart" (from the last state).
     """
     with _reproducible(seed, threads):
-        stack = TextStack(config, caption_tokenizer())
-        heads = Heads(config)
-        _spread_embeddings(stack)
+        encoders = encoders_of(config, caption_tokenizer())
+        heads = Heads(encoders)
+        encoders.spread_embeddings()
         rng = np.random.default_rng(seed)
-        stack.train()
-        for step, parts in _optimise(stack, heads, rng, steps, batch, learning_rate):
+        encoders.module.train()
+        for step, parts in _optimise(encoders, heads, rng, steps, batch, learning_rate):
             if on_log is not None and (step % 50 == 0 or step == steps):
                 on_log(step, {name: float(value.detach()) for name, value in parts.items()})
-        stack.eval()
-        _normalise(stack, sample_captions(rng, 512, "train").texts)
-        _save(out, stack)
-        scores = evaluate(stack, np.random.default_rng(seed + 1), num_test)
-    log.info("text encoders written to %s; worst attribute %.4f", out, scores["pooled/worst"])
+        encoders.module.eval()
+        encoders.normalise(sample_captions(rng, 512, "train").texts)
+        _save(out, encoders)
+        scores = evaluate(encoders, np.random.default_rng(seed + 1), num_test)
+    log.info("text encoders written to %s; worst attribute %.4f", out, scores[f"{encoders.summary}/worst"])
     return scores
 
 
@@ -326,19 +360,11 @@ def _reproducible(seed: int, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _spread_embeddings(stack: TextStack) -> None:
-    """Start the words far apart: the usual 0.02 suits vocabularies of many thousands."""
-    embeddings = stack.clip.text_model.embeddings
-    nn.init.normal_(stack.llama.embed_tokens.weight, std=0.5)
-    nn.init.normal_(embeddings.token_embedding.weight, std=0.5)
-    nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
-
-
 def _optimise(
-    stack: TextStack, heads: Heads, rng: np.random.Generator, steps: int, batch: int, learning_rate: float
+    encoders: Encoders, heads: Heads, rng: np.random.Generator, steps: int, batch: int, learning_rate: float
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     # Linear heads start small and have far to go; at the encoders' rate everything else would wait for them.
-    rates = {stack: learning_rate, heads: 5 * learning_rate}
+    rates = {encoders.module: learning_rate, heads: 5 * learning_rate}
     groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
@@ -346,8 +372,7 @@ def _optimise(
         for group, rate in zip(optimiser.param_groups, rates.values(), strict=True):
             group["lr"] = rate * _learning_curve(step / steps)
         captions = sample_captions(rng, batch, "train", noise=NOISE)
-        ids, mask, clip_ids = _trimmed(stack, captions.texts)
-        parts = _loss(heads, stack.features(ids, mask, clip_ids), ids, captions.labels)
+        parts = _loss(encoders, heads, encoders.read(captions.texts), captions.labels)
         optimiser.zero_grad(set_to_none=True)
         torch.stack(list(parts.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -360,60 +385,38 @@ def _learning_curve(progress: float) -> float:
     return min(1.0, progress / 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _trimmed(stack: TextStack, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids without the columns that are padding in every row: the features stay the same."""
-    tokens = stack.tokenize(texts)
-    longest = int(tokens.mask.sum(1).max())
-    return tokens.ids[:, :longest], tokens.mask[:, :longest], tokens.clip_ids[:, :longest]
-
-
-@torch.no_grad()
-def _normalise(stack: TextStack, texts: Sequence[str]) -> None:
-    """Bring the outputs to a root mean square of 1, and the pooled vector to a mean of 0, in the weights.
-
-    LLaMA's blocks normalise what they read, so scaling all that is written to the residual stream
-    scales the states and changes nothing else (but for the epsilon of the norms).
-    """
-    features = stack.features(*_trimmed(stack, texts))
-    scale = features.context[features.context_mask].square().mean().rsqrt()
-    stack.llama.embed_tokens.weight.mul_(scale)
-    for layer in stack.llama.layers:
-        layer.self_attn.o_proj.weight.mul_(scale)
-        layer.mlp.down_proj.weight.mul_(scale)
-    norm = stack.clip.text_model.final_layer_norm
-    mean = features.pooled.mean(0)
-    scale = (features.pooled - mean).square().mean().rsqrt()
-    norm.bias.sub_(mean).mul_(scale)
-    norm.weight.mul_(scale)
-
-
 # ---------------------------------------------------------------------------------------------
 # scores
 
 
 @torch.no_grad()
-def evaluate(stack: TextStack, rng: np.random.Generator, num_test: int) -> dict[str, float]:
+def evaluate(encoders: Encoders, rng: np.random.Generator, num_test: int) -> dict[str, float]:
     """Scores of frozen encoders; linear classifiers are fitted on training captions. See :func:`train_text`."""
     fit, test = sample_captions(rng, 2 * num_test, "train"), sample_captions(rng, num_test, "heldout")
-    fitted, tested = (_frozen_features(stack, batch.texts) for batch in (fit, test))
+    fitted, tested = (_frozen_features(encoders, batch.texts) for batch in (fit, test))
     scores: dict[str, float] = {}
-    for readout in READOUTS:
+    for readout in encoders.widths:
         right = _linear_probe(fitted[readout], fit.labels, tested[readout]) == test.labels
         accuracy = right.double().mean(0)
         scores |= {f"{readout}/{name}": float(accuracy[i]) for i, name in enumerate(ATTRIBUTES)}
         scores[f"{readout}/worst"] = float(accuracy.min())
         scores[f"{readout}/all"] = float(right.all(1).double().mean())
-    scores["pooled/additive"] = _explained(fitted["pooled"], fit.labels, tested["pooled"], test.labels)
-    features = stack.encode(test.texts)
+    summary = encoders.summary
+    scores[f"{summary}/additive"] = _explained(fitted[summary], fit.labels, tested[summary], test.labels)
+    features = encoders.module.encode(test.texts)
     scores["context/rms"] = float(features.context[features.context_mask].square().mean().sqrt())
-    scores["pooled/rms"] = float(features.pooled.square().mean().sqrt())
+    if features.pooled.shape[1]:
+        scores["pooled/rms"] = float(features.pooled.square().mean().sqrt())
+    if encoders.gives_padding:
+        features = encoders.read(test.texts).features
+        scores["padding/apart"] = float(_distance_of_padding(features, readouts(features)["last"]).sqrt())
     return scores
 
 
-def _frozen_features(stack: TextStack, texts: Sequence[str]) -> dict[str, Tensor]:
+def _frozen_features(encoders: Encoders, texts: Sequence[str]) -> dict[str, Tensor]:
     """Readouts in float64, in pieces of 500 captions."""
-    pieces = [readouts(stack.features(*_trimmed(stack, texts[i : i + 500]))) for i in range(0, len(texts), 500)]
-    return {name: torch.cat([piece[name] for piece in pieces]).double() for name in READOUTS}
+    pieces = [readouts(encoders.read(texts[i : i + 500]).features) for i in range(0, len(texts), 500)]
+    return {name: torch.cat([piece[name] for piece in pieces]).double() for name in encoders.widths}
 
 
 def _linear_probe(x: Tensor, labels: Tensor, x_test: Tensor) -> Tensor:
@@ -453,14 +456,14 @@ def _explained(x: Tensor, labels: Tensor, x_test: Tensor, labels_test: Tensor) -
     return float(1 - rest.square().sum() / (x_test - x_test.mean(0)).square().sum())
 
 
-def _save(out: Path, stack: TextStack) -> None:
+def _save(out: Path, encoders: Encoders) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     title = {"modelspec.title": "VidGen tiny text encoders"}
     save_checkpoint(
         out,
-        stack.state_dict(),
-        family="hunyuan",
+        encoders.module.state_dict(),
+        family=encoders.family,
         part="text",
-        config=stack.config,
-        metadata={**title, **stack.metadata()},
+        config=encoders.module.config,
+        metadata={**title, **encoders.module.metadata()},
     )

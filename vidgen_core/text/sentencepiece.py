@@ -1,29 +1,55 @@
-"""T5's tokenizer from ``spiece.model``, without the sentencepiece library.
-
-The file is a protocol buffer: numbered pieces with scores, and the table that texts are normalised with. Source:
-``sentencepiece_model.proto`` of google/sentencepiece.
-"""
+"""T5's tokenizer: ``spiece.model`` by the sentencepiece library, and the same vocabulary as GGUF files spell it out."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Sequence
+import base64
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MissingLibraryError
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
+    from sentencepiece import SentencePieceProcessor
 
 NORMAL, UNKNOWN = 1, 2
-"""kinds of pieces, here and in GGUF; the others are no words"""
-UNIGRAM = 1
-"""kind of the model"""
+"""kinds of pieces in GGUF; the others are no words"""
 END = "</s>"
 NUM_SENTINELS = 100
-"""T5's ids of holes in a text stand behind the pieces, from ``<extra_id_99>`` to ``<extra_id_0>``"""
+"""T5's ids of holes in a text stand behind the pieces; no prompt has any"""
 SPACE = "▁"
+_CARRIED = "spiece.model"
+"""key of the model's bytes, in base64, where a tokenizer travels as JSON"""
+
+
+class SpieceTokenizer(Tokenizer):
+    """A ``spiece.model``; a text ends with ``</s>``, and T5's 100 ids stand behind those of its pieces."""
+
+    def __init__(self, processor: SentencePieceProcessor) -> None:
+        self._processor = processor
+        self._end = processor.piece_to_id(END)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size() + NUM_SENTINELS
+
+    @property
+    def num_ids(self) -> int:
+        return self.vocab_size
+
+    def id_of(self, word: str) -> int | None:
+        index = self._processor.piece_to_id(word)
+        return index if self._processor.id_to_piece(index) == word else None
+
+    def to_json(self) -> str:
+        """What :func:`tokenizer_from_metadata` reads; no ``tokenizer.json``."""
+        return json.dumps({_CARRIED: base64.b64encode(self._processor.serialized_model_proto()).decode("ascii")})
+
+    def encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
+        end = [self._end] if special_tokens else []
+        return [self._processor.encode(text) + end for text in texts]
 
 
 def tokenizer_from_spiece(data: bytes) -> Tokenizer:
@@ -31,35 +57,56 @@ def tokenizer_from_spiece(data: bytes) -> Tokenizer:
 
     Raises:
         CheckpointError: these bytes are something else, damaged, or another kind of sentencepiece model.
+        MissingLibraryError: sentencepiece is not installed.
     """
-    pieces: list[tuple[str, float, int]] = []
-    charsmap, kind = b"", UNIGRAM
     try:
-        for number, value in _fields(data):
-            if number == 1:
-                pieces.append(_piece(value))
-            elif number == 2:
-                kind = next((inner for field, inner in _fields(value) if field == 3), UNIGRAM)
-            elif number == 3:
-                charsmap = next((inner for field, inner in _fields(value) if field == 2), b"")
-    except (IndexError, KeyError, struct.error, TypeError, UnicodeDecodeError) as error:
+        from sentencepiece import SentencePieceProcessor
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            "T5's spiece.model is read with the sentencepiece library", do="pip install sentencepiece"
+        ) from error
+    if not data:  # the library takes that for no model at all
+        raise _unreadable("0 pieces")
+    try:
+        processor = SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
         raise _unreadable("bytes that are damaged or something else") from error
-    if kind != UNIGRAM:
-        raise _unreadable("a sentencepiece model of another kind than unigram")
-    if len(pieces) < 3 or END not in (piece for piece, _, _ in pieces):
-        raise _unreadable(f"{len(pieces)} pieces" + ("" if len(pieces) < 3 else f" without {END}"))
-    return unigram_tokenizer(pieces, charsmap)
+    tokenizer = SpieceTokenizer(processor)
+    if tokenizer.id_of(END) is None:
+        raise _unreadable(f"{processor.vocab_size()} pieces without {END}")
+    try:
+        processor.nbest_encode_as_ids("a", 2)  # only a unigram model knows a second best way to cut a text
+    except RuntimeError as error:
+        raise _unreadable("a sentencepiece model of another kind than unigram") from error
+    return tokenizer
 
 
-def unigram_tokenizer(
-    pieces: Sequence[tuple[str, float, int]], charsmap: bytes, *, sentinels: int = NUM_SENTINELS
-) -> Tokenizer:
+def tokenizer_from_metadata(text: str) -> Tokenizer:
+    """What a tokenizer's ``to_json`` gave: a ``spiece.model``, or the text of a ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: the text is neither.
+        MissingLibraryError: sentencepiece is needed and not installed.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or _CARRIED not in content:
+        return Tokenizer.from_json(text)
+    try:
+        data = base64.b64decode(content[_CARRIED], validate=True)
+    except (TypeError, ValueError) as error:
+        raise _unreadable("a text that is no base64") from error
+    return tokenizer_from_spiece(data)
+
+
+def unigram_tokenizer(pieces: Sequence[tuple[str, float, int]], charsmap: bytes) -> Tokenizer:
     """A tokenizer that cuts a text as sentencepiece does, where a text ends with ``</s>``.
 
     Args:
         pieces: text, log probability and kind, in the order of their ids.
         charsmap: sentencepiece's table of normalisation; empty leaves texts as they are.
-        sentinels: ids to add behind the pieces.
 
     Raises:
         CheckpointError: there is no unknown piece, or the table is damaged.
@@ -74,7 +121,6 @@ def unigram_tokenizer(
     # What is no word has no probability of its own, and must not change that of a sign that no piece has.
     least = min((score for _, score, kind in pieces if kind == NORMAL), default=0.0)
     words = [(piece, score if kind == NORMAL else least) for piece, score, kind in pieces]
-    words += [(f"<extra_id_{number}>", least) for number in reversed(range(sentinels))]
     backend: tokenizers.Tokenizer = Backend(models.Unigram(words, unk_id=unknown, byte_fallback=False))
     steps: list[Any] = []
     if charsmap:
@@ -87,47 +133,6 @@ def unigram_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always", split=True)
     backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, ids[END])])
     return Tokenizer(backend)
-
-
-def _piece(data: bytes) -> tuple[str, float, int]:
-    fields = dict(_fields(data))
-    return fields[1].decode("utf-8"), struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0, fields.get(3, NORMAL)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a message: an int, or the bytes of anything else."""
-    if not isinstance(data, bytes):
-        raise TypeError("no message")
-    place = 0
-    while place < len(data):
-        key, place = _varint(data, place)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, place = _varint(data, place)
-            yield number, value
-            continue
-        if wire == 2:
-            length, place = _varint(data, place)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise TypeError(f"wire type {wire}")
-        if place + length > len(data):
-            raise IndexError("cut short")
-        yield number, data[place : place + length]
-        place += length
-
-
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[place]
-        value |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 128:
-            return value, place
-        if shift > 63:
-            raise TypeError("no number")
 
 
 def _unreadable(given: str) -> CheckpointError:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
-from ...text.sentencepiece import tokenizer_from_spiece, unigram_tokenizer
+from ...text.sentencepiece import tokenizer_from_metadata, tokenizer_from_spiece, unigram_tokenizer
 from ...text.t5 import build_t5
 from ...text.tokenizer import METADATA_KEY, Tokenizer
 from ...text.tokenizer_files import TokenizerPlaces, find_tokenizer
@@ -65,7 +65,7 @@ def find_t5_tokenizer(config: TextConfig, headers: Mapping[str, Header], places:
 
 
 def _carried(metadata: Mapping[str, str]) -> Tokenizer | None:
-    return Tokenizer.from_json(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    return tokenizer_from_metadata(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
 
 
 def _inside(header: Header) -> Tokenizer | None:
@@ -95,7 +95,7 @@ def _of_gguf(header: Header) -> Tokenizer | None:
         return None
     charsmap = bytes(number & 255 for number in fields.get(_CHARSMAP, []))
     try:
-        return unigram_tokenizer(list(zip(words, scores, kinds, strict=True)), charsmap, sentinels=0)
+        return unigram_tokenizer(list(zip(words, scores, kinds, strict=True)), charsmap)
     except CheckpointError:
         return None
 
