@@ -164,7 +164,7 @@ class ImageToVideo:
 
         import torch
 
-        from ..vidgen_core.generate import image_method, image_mode
+        from ..vidgen_core.generate import encode_pictures, image_method, image_mode
         from ..vidgen_core.keyframes import Keyframe, picture
         from ..vidgen_core.memory.cancel import watched
         from ..vidgen_core.types import VideoShape
@@ -181,7 +181,7 @@ class ImageToVideo:
         rules.check(config, [first], shape.num_frames)
         current().need(vae)
         with watched(current(), vae):
-            keyframes = rules.encode(config, vae, [first], shape)
+            keyframes = encode_pictures(rules, config, vae, [first], shape)
         given = GivenImages(keyframes=tuple(keyframes), method=method, mode=mode)
         latent = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))
         return noted((replace(positive, images=given), latent), note)
@@ -261,7 +261,7 @@ class KeyframesToVideo:
 
         import torch
 
-        from ..vidgen_core.generate import image_method, image_mode
+        from ..vidgen_core.generate import encode_pictures, image_method, image_mode
         from ..vidgen_core.keyframes import kept_frames, latent_places, taken_by_network
         from ..vidgen_core.memory.cancel import watched
         from ..vidgen_core.types import VideoShape
@@ -279,7 +279,8 @@ class KeyframesToVideo:
         rules.check(config, taken, shape.num_frames)  # a network may not do without
         current().need(vae)
         with watched(current(), vae):
-            told, kept = rules.encode(config, vae, taken, shape), kept_frames(vae, others, shape)
+            told = encode_pictures(rules, config, vae, taken, shape)
+            kept = kept_frames(vae, others, shape)
         images = GivenImages(keyframes=tuple(told), method=method, mode=mode) if told else None
         empty = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))
         latent = kept_latent(vae, kept, batch_size) if others else empty

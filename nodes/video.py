@@ -218,6 +218,7 @@ def with_the_rest(model: Any, vae: Any, positive: EncodedPrompt, images: Tensor)
     """The prompt with what the mask (T, H, W, 4) leaves of a video, for networks that fill in; else as it is."""
     from dataclasses import replace
 
+    from ..vidgen_core.generate import encode_pictures
     from ..vidgen_core.keyframes import video_keyframes
     from ..vidgen_core.media import images_to_video
     from ..vidgen_core.memory.cancel import watched
@@ -231,7 +232,7 @@ def with_the_rest(model: Any, vae: Any, positive: EncodedPrompt, images: Tensor)
     given = video_keyframes(images_to_video(images[..., :3]), images[..., 3])
     rules.check(config, given, shape.num_frames)
     with watched(current(), vae):
-        told = rules.encode(config, vae, given, shape)
+        told = encode_pictures(rules, config, vae, given, shape)
     return (
         replace(positive, images=GivenImages(keyframes=tuple(told), method="auto", mode="stability"))
         if told

@@ -14,10 +14,13 @@ import torch
 
 import vidgen
 from vidgen.headless.cli import _parser, generate_prompt, main
+from vidgen.headless.plan import wish
+from vidgen.headless.render import shipped
 from vidgen.nodes.loaders import LoadAll
 from vidgen.nodes.sampling import Sampler
 from vidgen.nodes.wires import EncodedPrompt
 from vidgen.vidgen_core import generate
+from vidgen.vidgen_core.bundle import find_parts
 from vidgen.vidgen_core.families.cogvideox.config import NetworkConfig
 from vidgen.vidgen_core.families.cogvideox.network import CogVideoXTransformer
 from vidgen.vidgen_core.media import read_video
@@ -140,3 +143,11 @@ def test_a_diffusers_folder_says_what_its_tensors_do_not(cogvideox_models: Path)
     assert [one.network.snr_shift for one in (two, five, fun)] == [3.0, 1.0, 1.0]
     assert [one.network.image_noise for one in (two, five, fun)] == [0.0, 0.0, 0.0563]
     assert [one.network.fills_in for one in (two, five, fun)] == [False, False, True]
+
+
+def test_a_plan_counts_all_frames_that_are_encoded(cogvideox_models: Path) -> None:
+    """A network that fills in is told its two pictures as a video."""
+    parts = find_parts(cogvideox_models / "CogVideoX-Fun-V1.1-5b-InP")
+    assert wish(shipped("cogvideox_fun_interpolation"), *parts).encodes_frames == 49
+    assert wish(shipped("cogvideox_5b_t2v"), *parts).encodes_frames == 0
+    assert wish(shipped("cogvideox_5b_i2v"), *find_parts(cogvideox_models / "CogVideoX-5b")).encodes_frames == 1

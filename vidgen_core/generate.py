@@ -232,6 +232,22 @@ def encode_prompts(
         return relieved(encode, None, (), what="Reading the prompt", advice=lambda: TEXT_ADVICE)
 
 
+def encode_pictures(
+    rules: KeyframeRules, config: Any, codec: Codec, keyframes: Sequence[Keyframe], shape: VideoShape
+) -> list[LatentKeyframe]:
+    """Given pictures as the network is told them: what :func:`with_keyframes` takes.
+
+    Args:
+        config: of the network, as ``family.keyframes.methods`` leave it.
+
+    Raises:
+        SettingsError: a picture or a mask of another size than the video, or for a frame that it does not have.
+    """
+    if rules.fills_in(config):  # they become a whole video, which may not fit in one piece
+        codec = saving(codec, planned("encode video", "tiling", None))
+    return rules.encode(config, codec, keyframes, shape)
+
+
 def with_keyframes(
     model: VideoModel,
     cond: Conditioning,
@@ -954,7 +970,7 @@ def generate(
             texts = [settings.negative_prompt]
             black = None if seen is None else seen.black()
             negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image, seen=black)
-        pictures = rules.encode(told, bundle.codec, keyframes, shape)
+        pictures = encode_pictures(rules, told, bundle.codec, keyframes, shape)
         host.progress("encode", 1, 1)
 
     positive = with_keyframes(model, positive, pictures, latent_shape, method=method)
