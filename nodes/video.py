@@ -215,7 +215,8 @@ class EncodeVideo:
 
 
 def with_the_rest(model: Any, vae: Any, positive: EncodedPrompt, images: Tensor) -> EncodedPrompt:
-    """The prompt with what the mask (T, H, W, 4) leaves of a video, for networks that fill in; else as it is."""
+    """The prompt with what the mask in the fourth channel of ``images`` (T, H, W, 4) leaves of a video, for networks
+    that fill in; else as it is."""
     from dataclasses import replace
 
     from ..vidgen_core.generate import encode_pictures
@@ -233,11 +234,9 @@ def with_the_rest(model: Any, vae: Any, positive: EncodedPrompt, images: Tensor)
     rules.check(config, given, shape.num_frames)
     with watched(current(), vae):
         told = encode_pictures(rules, config, vae, given, shape)
-    return (
-        replace(positive, images=GivenImages(keyframes=tuple(told), method="auto", mode="stability"))
-        if told
-        else positive
-    )
+    if not told:  # everything is made new
+        return positive
+    return replace(positive, images=GivenImages(keyframes=tuple(told), method="auto", mode="stability"))
 
 
 def with_mask(images: Tensor, mask: Tensor) -> Tensor:

@@ -315,6 +315,19 @@ def test_everything_that_is_given_changes_the_video(models: dict[str, VideoModel
         assert all(relative(one, other) > 1e-3 for other in made[:number])
 
 
+def test_a_picture_for_each_video_of_a_batch(models: dict[str, VideoModel], codec: CogVideoXCodec) -> None:
+    model, rules = models["5b"], FAMILIES["cogvideox"].keyframes
+    both = [Keyframe(image=torch.cat([START, END])), Keyframe(image=END, frame=-1)]
+    told = rules.encode(model.config, codec, both, SHAPE)
+    concat = with_keyframes(model, model.conditioning(PROMPT), told, (2, *LATENTS[1:])).concat
+    assert concat is not None
+    for number, first in enumerate((START, END)):
+        alone = rules.encode(model.config, codec, [Keyframe(image=first), both[1]], SHAPE)
+        expected = with_keyframes(model, model.conditioning(PROMPT), alone, LATENTS).concat
+        assert expected is not None
+        torch.testing.assert_close(concat[number : number + 1], expected)
+
+
 def test_a_video_of_which_everything_is_masked_is_told_nothing(
     models: dict[str, VideoModel], codec: CogVideoXCodec
 ) -> None:
@@ -445,8 +458,9 @@ def test_a_first_picture_through_image_to_video(models: dict[str, VideoModel], c
     torch.testing.assert_close(sampled(model, positive, latent)["samples"] * SCALE, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_video_with_a_mask_is_told_and_kept(models: dict[str, VideoModel], codec: CogVideoXCodec) -> None:
-    model, frames = models["5b"], image(VIDEO.movedim(2, 0).squeeze(1))
+@pytest.mark.parametrize("name", ["5b", "1.5"])
+def test_a_video_with_a_mask_is_told_and_kept(name: str, models: dict[str, VideoModel], codec: CogVideoXCodec) -> None:
+    model, frames = models[name], image(VIDEO.movedim(2, 0).squeeze(1))
     latent, positive = EncodeVideo().encode(codec, frames, "strict", MASK, model=model, positive=POSITIVE)
     assert positive is not None
     assert positive.images is not None

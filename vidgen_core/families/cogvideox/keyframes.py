@@ -124,7 +124,7 @@ def condition(
 
 
 def _with_mask(config: NetworkConfig, keyframes: Sequence[LatentKeyframe], shape: Sequence[int]) -> Tensor:
-    """(1, 1 + C, T, h, w): the mask and the latents of the one video that ``keyframes`` hold."""
+    """(1 or B, 1 + C, T, h, w): the mask and the latents of the one video that ``keyframes`` hold."""
     video, mask = keyframes[0].latents, keyframes[0].mask
     if len(keyframes) > 1 or mask is None:
         raise SettingsError(
@@ -134,7 +134,8 @@ def _with_mask(config: NetworkConfig, keyframes: Sequence[LatentKeyframe], shape
             do="encode the pictures with the encode of this family's keyframes",
         )
     check_prepared(video, shape[2] + trail_frames(config, shape[2]), shape)
-    return torch.cat([mask.to(video) * config.mask_scale, video], dim=1)
+    mask = mask.to(video).expand(len(video), -1, -1, -1, -1)
+    return torch.cat([mask * config.mask_scale, video], dim=1)
 
 
 def encode(
@@ -161,13 +162,13 @@ def encode(
 
 
 def _video_with_gaps(config: NetworkConfig, keyframes: Sequence[Keyframe], shape: VideoShape) -> tuple[Tensor, Tensor]:
-    """(the video (1, 3, T, H, W) that shows the pictures, black elsewhere, with noise where the network was trained
-    so; 1 (1, 1, T, H, W) in the gaps, 0 elsewhere)."""
-    size = (shape.num_frames, shape.height_px, shape.width_px)
-    video, gaps, noise = torch.full((1, 3, *size), BLACK), torch.ones(1, 1, *size), NoiseStream([0])
+    """(the video (1 or B, 3, T, H, W) that shows the pictures, black elsewhere, with noise where the network was
+    trained so; 1 (1, 1, T, H, W) in the gaps, 0 elsewhere)."""
+    size, batch = (shape.num_frames, shape.height_px, shape.width_px), max(len(k.image) for k in keyframes)
+    video, gaps, noise = torch.full((batch, 3, *size), BLACK), torch.ones(1, 1, *size), NoiseStream([0])
     for keyframe in keyframes:
         check_size(keyframe, shape)
-        frame, image = keyframe.index(shape.num_frames), keyframe.image[:1].float().cpu()
+        frame, image = keyframe.index(shape.num_frames), keyframe.image.float().cpu()
         gap = torch.zeros(1, 1, *size[1:]) if keyframe.mask is None else (keyframe.mask[:1].cpu() >= 0.5).float()
         video[:, :, frame], gaps[:, :, frame] = torch.where(gap.bool(), BLACK, image), gap
         spread = keyframe.noise or config.image_noise
