@@ -21,11 +21,14 @@ from vidgen.nodes.sampling import Sampler
 from vidgen.nodes.wires import EncodedPrompt
 from vidgen.vidgen_core import generate
 from vidgen.vidgen_core.bundle import find_parts
+from vidgen.vidgen_core.errors import SettingsError
 from vidgen.vidgen_core.families.cogvideox.config import NetworkConfig
 from vidgen.vidgen_core.families.cogvideox.network import CogVideoXTransformer
+from vidgen.vidgen_core.keyframes import Keyframe
 from vidgen.vidgen_core.media import read_video
 from vidgen.vidgen_core.model import VideoModel
 from vidgen.vidgen_core.text.features import TextFeatures
+from vidgen.vidgen_core.types import VideoShape
 from vidgen.vidgen_core.weights.save import save_checkpoint
 
 DDIM, DPM = ("ddim", "constant"), ("cogvideox_dpm", "dynamic")
@@ -151,3 +154,16 @@ def test_a_plan_counts_all_frames_that_are_encoded(cogvideox_models: Path) -> No
     assert wish(shipped("cogvideox_fun_interpolation"), *parts).encodes_frames == 49
     assert wish(shipped("cogvideox_5b_t2v"), *parts).encodes_frames == 0
     assert wish(shipped("cogvideox_5b_i2v"), *find_parts(cogvideox_models / "CogVideoX-5b")).encodes_frames == 1
+
+
+def test_python_goes_from_one_picture_to_another(cogvideox_models: Path) -> None:
+    bundle = generate.load_bundle(cogvideox_models / "CogVideoX-Fun-V1.1-5b-InP")
+    shape = VideoShape(num_frames=9, height_px=32, width_px=32)
+    start, end = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = [[], [Keyframe(image=start)], [Keyframe(image=start), Keyframe(image=end, frame=-1)]]
+    settings = generate.Sampling(num_steps=1)
+    videos = [generate.generate(bundle, "a red star", shape, settings, keyframes=some) for some in given]
+    assert all(video.shape == (1, 3, 9, 32, 32) for video in videos)
+    assert len({video.sum().item() for video in videos}) == 3
+    with pytest.raises(SettingsError, match="strength"):
+        generate.generate(bundle, "a red star", shape, settings, keyframes=[Keyframe(image=start, strength=0.5)])
