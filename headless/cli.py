@@ -110,7 +110,8 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--method",
         default="auto",
-        help="how the network is given the image, where its file is silent: token_replace for HunyuanVideo-I2V v2",
+        help="how the network is given the image, where its file is silent: token_replace for HunyuanVideo-I2V v2, "
+        "raw_latents for CogVideoX1.5-I2V as in its official code, noisy for CogVideoX-Fun 1.1 of 5B",
     )
     parser.add_argument("--video", metavar="FILE", help="a video to change; it is cut to the size of the result")
     parser.add_argument("--denoise", type=float, help="how far to change it: 0.1 hardly, 1 completely (default 0.6)")

@@ -324,6 +324,10 @@ def wish(prompt: Prompt, headers: Mapping[str, Header], found: Mapping[str, Foun
     family = found["network"].family
     shape = shape.nearest(family.grid(found["codec"].config), patch=family.patch(found["network"].config))
     classes = {str(prompt[node_id].get("class_type")) for node_id in sources}
+    takes_pictures = not OF_PICTURES.isdisjoint(classes)
+    # A network that fills in is told its pictures as a whole video.
+    fills_in = family.keyframes.fills_in(found["network"].config)
+    encodes_video = "VidGenEncodeVideo" in classes or (takes_pictures and fills_in)
     cfg = sampler.get("cfg") or defaults.cfg
     heun = (sampler.get("sampler") or defaults.sampler) == "heun"
     denoise = sampler.get("denoise", 1.0)
@@ -337,7 +341,7 @@ def wish(prompt: Prompt, headers: Mapping[str, Header], found: Mapping[str, Foun
         num_text_tokens=_text_tokens(prompt),
         dtype=_dtype(prompt),
         storage=_widget(prompt, "storage", "auto"),
-        encodes_frames=shape.num_frames if "VidGenEncodeVideo" in classes else int(not OF_PICTURES.isdisjoint(classes)),
+        encodes_frames=shape.num_frames if encodes_video else int(takes_pictures),
     )
 
 

@@ -121,7 +121,8 @@ class ImageToVideo:
         )
         methods = (
             "How the network is given the image: auto, as its file says. token_replace: for HunyuanVideo-I2V v2, whose "
-            "file does not say it. raw_latents: CogVideoX1.5 as its official code is told the image."
+            "file does not say it. raw_latents: CogVideoX1.5 as its official code is told the image. noisy: "
+            "CogVideoX-Fun 1.1 of 5B from a single file, for more motion."
         )
         frames = {"default": 17, "min": 1, "max": 1025, "step": 4, "tooltip": "Frames of the video: 5, 9, 13, 17, ..."}
         return {
@@ -136,7 +137,7 @@ class ImageToVideo:
                 "size": (["exact", "nearest", "image", "720p", "540p", "360p"], {"default": "exact", "tooltip": sizes}),
                 "fit": FIT,
                 "mode": (["stability", "dynamic"], {"default": "stability", "tooltip": modes}),
-                "method": (["auto", "token_replace", "raw_latents"], {"default": "auto", "tooltip": methods}),
+                "method": (["auto", "token_replace", "raw_latents", "noisy"], {"default": "auto", "tooltip": methods}),
                 "batch_size": (
                     "INT",
                     {"default": 1, "min": 1, "max": 64, "tooltip": "Videos at once; video i has the seed + i."},
@@ -163,8 +164,8 @@ class ImageToVideo:
 
         import torch
 
-        from ..vidgen_core.generate import image_method, image_mode
-        from ..vidgen_core.keyframes import Keyframe, encode_keyframes, picture
+        from ..vidgen_core.generate import encode_pictures, image_method, image_mode
+        from ..vidgen_core.keyframes import Keyframe, picture
         from ..vidgen_core.memory.cancel import watched
         from ..vidgen_core.types import VideoShape
         from .host import current
@@ -176,10 +177,11 @@ class ImageToVideo:
         shape.check(vae.grid, patch=patch)
         image_mode(model, mode)
         first = Keyframe(image=picture(fitted(image[:1], shape.width_px, shape.height_px, fit)))
-        model.family.keyframes.check(image_method(model, method)(model.config), [first], shape.num_frames)
+        rules, config = model.family.keyframes, image_method(model, method)(model.config)
+        rules.check(config, [first], shape.num_frames)
         current().need(vae)
         with watched(current(), vae):
-            keyframes = encode_keyframes(vae, [first], shape)
+            keyframes = encode_pictures(rules, config, vae, [first], shape)
         given = GivenImages(keyframes=tuple(keyframes), method=method, mode=mode)
         latent = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))
         return noted((replace(positive, images=given), latent), note)
@@ -230,7 +232,7 @@ class KeyframesToVideo:
     SEARCH_ALIASES = ["keyframes", "timeline", "first last frame", "start end frame", "interpolate images"]
     RETURN_TYPES = (COND, "LATENT")
     RETURN_NAMES = ("positive", "latent")
-    OUTPUT_TOOLTIPS = ("The prompt, with a first frame if the network takes one.", "Latents with the other pictures.")
+    OUTPUT_TOOLTIPS = ("The prompt, with the pictures that the network takes.", "Latents with the other pictures.")
     FUNCTION = "prepare"
 
     @classmethod
@@ -259,8 +261,8 @@ class KeyframesToVideo:
 
         import torch
 
-        from ..vidgen_core.generate import image_method, image_mode
-        from ..vidgen_core.keyframes import encode_keyframes, kept_frames, latent_places, taken_by_network
+        from ..vidgen_core.generate import encode_pictures, image_method, image_mode
+        from ..vidgen_core.keyframes import kept_frames, latent_places, taken_by_network
         from ..vidgen_core.memory.cancel import watched
         from ..vidgen_core.types import VideoShape
         from .host import current
@@ -277,8 +279,9 @@ class KeyframesToVideo:
         rules.check(config, taken, shape.num_frames)  # a network may not do without
         current().need(vae)
         with watched(current(), vae):
-            first, kept = encode_keyframes(vae, taken, shape), kept_frames(vae, others, shape)
-        images = GivenImages(keyframes=tuple(first), method=method, mode=mode) if first else None
+            told = encode_pictures(rules, config, vae, taken, shape)
+            kept = kept_frames(vae, others, shape)
+        images = GivenImages(keyframes=tuple(told), method=method, mode=mode) if told else None
         empty = codec_latent(vae, torch.zeros(batch_size, *shape.latent_shape(vae.grid)))
         latent = kept_latent(vae, kept, batch_size) if others else empty
         return noted((replace(positive, images=images), latent), note)

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import SettingsError, UserError
-from .wires import CATEGORY, VAE, Latent, codec_latent, codec_scale, hidden_frames, video_samples
+from .wires import (
+    CATEGORY,
+    COND,
+    MODEL,
+    VAE,
+    EncodedPrompt,
+    GivenImages,
+    Latent,
+    codec_latent,
+    codec_scale,
+    hidden_frames,
+    video_samples,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,9 +147,12 @@ class EncodeVideo:
     CATEGORY = f"{CATEGORY}/latent"
     DESCRIPTION = "Turns frames into latents, e.g. to change a video with a denoise below 1."
     SEARCH_ALIASES = ["vae encode", "video to video", "img2vid"]
-    RETURN_TYPES = ("LATENT",)
-    RETURN_NAMES = ("latent",)
-    OUTPUT_TOOLTIPS = ("The latents of the video.",)
+    RETURN_TYPES = ("LATENT", COND)
+    RETURN_NAMES = ("latent", "positive")
+    OUTPUT_TOOLTIPS = (
+        "The latents of the video.",
+        "The prompt, with what the mask leaves of the video if the network fills in.",
+    )
     FUNCTION = "encode"
 
     @classmethod
@@ -159,6 +174,11 @@ class EncodeVideo:
                 ),
                 "method": (METHODS, METHOD),
                 "memory_gb": ("FLOAT", MEMORY),
+                "model": (
+                    MODEL,
+                    {"tooltip": "A network that fills in (CogVideoX-Fun): with a mask it is told what stays."},
+                ),
+                "positive": (COND, {"tooltip": "The prompt; goes through, with what a network that fills in is told."}),
             },
         }
 
@@ -170,7 +190,9 @@ class EncodeVideo:
         mask: Tensor | None = None,
         method: str = "tiles",
         memory_gb: float = 0.0,
-    ) -> tuple[Latent]:
+        model: Any = None,
+        positive: EncodedPrompt | None = None,
+    ) -> tuple[Latent, EncodedPrompt | None]:
         from ..vidgen_core.generate import TILES, encode_video
         from ..vidgen_core.media import crop_to_grid, images_to_video
         from ..vidgen_core.memory.plan import planned
@@ -184,9 +206,37 @@ class EncodeVideo:
         tiling = TILES if method == "tiles" else coding_bound(method, memory_gb)
         tiling = planned("encode video", "tiling", tiling)
         latent = codec_latent(vae, encode_video(vae, images_to_video(images), tiling=tiling, host=current()))
-        if mask is not None:
-            latent["noise_mask"] = images[None, None, ..., 3]
-        return (latent,)
+        if mask is None:
+            return latent, positive
+        latent["noise_mask"] = images[None, None, ..., 3]
+        if model is not None and positive is not None:
+            positive = with_the_rest(model, vae, positive, images)
+        return latent, positive
+
+
+def with_the_rest(model: Any, vae: Any, positive: EncodedPrompt, images: Tensor) -> EncodedPrompt:
+    """The prompt with what the mask in the fourth channel of ``images`` (T, H, W, 4) leaves of a video, for networks
+    that fill in; else as it is."""
+    from dataclasses import replace
+
+    from ..vidgen_core.generate import encode_pictures
+    from ..vidgen_core.keyframes import video_keyframes
+    from ..vidgen_core.media import images_to_video
+    from ..vidgen_core.memory.cancel import watched
+    from ..vidgen_core.types import VideoShape
+    from .host import current
+
+    rules, config = model.family.keyframes, model.config
+    if not rules.fills_in(config):
+        return positive
+    shape = VideoShape(num_frames=images.shape[0], height_px=images.shape[1], width_px=images.shape[2])
+    given = video_keyframes(images_to_video(images[..., :3]), images[..., 3])
+    rules.check(config, given, shape.num_frames)
+    with watched(current(), vae):
+        told = encode_pictures(rules, config, vae, given, shape)
+    if not told:  # everything is made new
+        return positive
+    return replace(positive, images=GivenImages(keyframes=tuple(told), method="auto", mode="stability"))
 
 
 def with_mask(images: Tensor, mask: Tensor) -> Tensor:

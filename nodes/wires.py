@@ -149,7 +149,7 @@ def check_latents(model: VideoModel, samples: Tensor) -> None:
             expected=f"{channels} channels, as {model.family.title} has",
             do="make them with Empty Latent and the VAE of the same model",
         )
-    frames = samples.shape[2] + model.family.lead_frames(model.config, samples.shape[2])
+    frames = model.family.denoised_frames(model.config, samples.shape[2])
     sizes = (frames, *samples.shape[3:])
     for name, size, step in zip(("frames", "height", "width"), sizes, model.family.patch(model.config)):  # noqa: B905
         if size % step:

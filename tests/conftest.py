@@ -342,3 +342,99 @@ def i2v_v1_models(tmp_path_factory: pytest.TempPathFactory, write_encoders: Call
     export_network(root / "diffusion_models" / name, network, config, Defaults())
     export_codec(root / "vae" / "hunyuan_video_vae_bf16.safetensors", vae, codec)
     return root
+
+
+@pytest.fixture(scope="session")
+def cogvideox_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's ``models`` with CogVideoX's releases in it, tiny and random, under the names of the published files.
+
+    Folders are as diffusers writes them (names of tensors, ``config.json``); T5 and single files are ours, because
+    nothing but the published sizes is recognised there. The tiny model in the box has a stand-in, too.
+    """
+    import io
+    from dataclasses import asdict, replace
+
+    import sentencepiece
+
+    from vidgen.benchmarks.compare_cogvideox import diffusers_config
+    from vidgen.vidgen_core.families.cogvideox.config import FUN_5B, CodecConfig, NetworkConfig, T5Dims, TextConfig
+    from vidgen.vidgen_core.families.cogvideox.config import defaults as defaults_of
+    from vidgen.vidgen_core.families.cogvideox.keys import LAYOUTS
+    from vidgen.vidgen_core.families.cogvideox.network import CogVideoXTransformer
+    from vidgen.vidgen_core.families.cogvideox.text import T5Text
+    from vidgen.vidgen_core.families.cogvideox.vae import CogVideoXVAE
+    from vidgen.vidgen_core.text.sentencepiece import tokenizer_from_spiece
+    from vidgen.vidgen_core.weights.save import save_checkpoint, save_tensors
+
+    root = tmp_path_factory.mktemp("cogvideox") / "models"
+    for folder in ("diffusion_models", "vae", "text_encoders", "loras", "vidgen-tiny-cogvideox"):
+        (root / folder).mkdir(parents=True)
+    first = NetworkConfig(
+        hidden_size=48, num_heads=3, num_layers=1, text_width=32, text_length=8, time_width=16, trained_grid=(3, 2, 2),
+        rope_axes=(4, 6, 6),
+    )  # fmt: skip
+    later = replace(first, patch=(2, 2, 2), trained_grid=(2, 5, 6), rope_fit="slice")
+    tiny = replace(later, patch=(2, 1, 1), in_channels=24, out_channels=24)
+    codec = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=4)
+    wide = replace(codec, latent_channels=24)
+
+    def write(name: str, part: str, module: torch.nn.Module, config: Any, metadata: dict[str, str]) -> None:
+        path = root / f"{name}.safetensors"
+        save_checkpoint(path, module.state_dict(), family="cogvideox", part=part, config=config, metadata=metadata)
+
+    def network_of(config: NetworkConfig) -> CogVideoXTransformer:
+        network = CogVideoXTransformer(config)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return network
+
+    def write_folder(name: str, config: NetworkConfig, told: dict[str, Any], scale: float) -> None:
+        """As diffusers lays a model out."""
+        network = LAYOUTS["diffusers"].to_foreign(network_of(config).state_dict())
+        for part, tensors, config_json in (
+            ("transformer", network, diffusers_config(config) | told),
+            ("vae", CogVideoXVAE(codec).state_dict(), {"norm_num_groups": 4, "scaling_factor": scale}),
+        ):
+            folder = root / name / part
+            folder.mkdir(parents=True)
+            save_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(config_json))
+        (root / name / "text_encoder").mkdir()
+        (root / name / "text_encoder" / "model.safetensors").symlink_to(
+            root / "text_encoders" / "t5xxl_fp16.safetensors"
+        )
+
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red star moves to the right", "a blue circle on a grey background"] * 4),
+        model_writer=made, vocab_size=40, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    dims = T5Dims(vocab_size=160, hidden_size=32, num_layers=1, num_heads=2, head_size=8, intermediate_size=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text = T5Text(TextConfig(t5=dims, max_length=8), tokenizer_from_spiece(made.getvalue()))
+        singles = {
+            "diffusion_models/CogVideoX_1_0_5b_I2V_bf16": replace(first, in_channels=32, positions="learned"),
+            "diffusion_models/CogVideoX_1_5_5b_T2V_bf16": later,
+            "diffusion_models/CogVideoX_1_5_5b_I2V_bf16": replace(
+                later, in_channels=32, offset_embed=True, image_scale=2.0
+            ),
+            "vidgen-tiny-cogvideox/network": tiny,
+            "vidgen-tiny-cogvideox/network_i2v": replace(tiny, in_channels=48, offset_embed=True),
+        }
+        for name, config in singles.items():
+            told = {"vidgen.defaults": json.dumps(asdict(defaults_of(config)))}
+            write(name, "network", network_of(config), config, told)
+        for name, config in (("vae/cogvideox_vae_bf16", codec), ("vidgen-tiny-cogvideox/vae", wide)):
+            write(name, "codec", CogVideoXVAE(config), config, {})
+        for name in ("text_encoders/t5xxl_fp16", "vidgen-tiny-cogvideox/text"):
+            write(name, "text", text, text.config, text.metadata())
+        write_folder("CogVideoX-2b", replace(first, positions="sincos"), {}, 1.15258426)
+        write_folder("CogVideoX-5b", first, {}, 0.7)
+        fun = replace(first, in_channels=FUN_5B.in_channels)
+        write_folder("CogVideoX-Fun-V1.1-5b-InP", fun, {"add_noise_in_inpaint_model": True}, 0.7)
+        name = "transformer.transformer_blocks.0.attn1.to_q"
+        factors = {f"{name}.lora_A.weight": torch.randn(4, 48), f"{name}.lora_B.weight": torch.randn(48, 4)}
+        save_tensors(root / "loras" / "pytorch_lora_weights.safetensors", factors, {"format": "pt"})
+    return root

@@ -147,8 +147,8 @@ def test_an_official_file_may_carry_more_than_the_network() -> None:
 
 def test_variants_with_other_inputs_are_refused_by_name() -> None:
     plain = header_of("cogvideox_5b__diffusers")
-    proj = {"patch_embed.proj.weight": TensorInfo((3072, 33, 2, 2), torch.bfloat16)}
-    with pytest.raises(CheckpointError, match="33 input channels"):
+    proj = {"patch_embed.proj.weight": TensorInfo((3072, 48, 2, 2), torch.bfloat16)}
+    with pytest.raises(CheckpointError, match="48 input channels"):
         identify(replace(plain, tensors={**plain.tensors, **proj}))
 
 

@@ -107,7 +107,7 @@ def test_the_first_frame_is_held_with_cfg(parts: Parts, cond: Any) -> None:
     image = images(1, 32, 48, 3)
     positive, latent = to_video(parts, cond, image)["result"]
     result = sampled(parts, positive, latent, cfg=4.0, negative=cond, seed=8)
-    (still,) = EncodeVideo().encode(parts[1], image, "strict")
+    still, _ = EncodeVideo().encode(parts[1], image, "strict")
     torch.testing.assert_close(result["samples"][:, :, :1], still["samples"], atol=1e-5, rtol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_a_mask_keeps_the_rest_of_the_video(parts: Parts, cond: Any) -> None:
     frames = images(9, 32, 48, 3)
     mask = torch.zeros(1, 32, 48)
     mask[:, :, 24:] = 1
-    (latent,) = EncodeVideo().encode(parts[1], frames, "strict", mask)
+    latent, _ = EncodeVideo().encode(parts[1], frames, "strict", mask)
     assert latent["noise_mask"].shape == (1, 1, 9, 32, 48)
     result = sampled(parts, cond, latent)["samples"]
     torch.testing.assert_close(result[..., :3], latent["samples"][..., :3], atol=1e-6, rtol=1e-6)
@@ -215,7 +215,7 @@ def test_a_mask_keeps_the_rest_of_the_video(parts: Parts, cond: Any) -> None:
 @pytest.mark.parametrize("shape", [(32, 48), (9, 1, 32, 48), (1, 1, 32, 48), (1, 1, 9, 32, 48)])
 def test_masks_as_native_nodes_leave_them(shape: tuple[int, ...], parts: Parts, cond: Any) -> None:
     """Set Latent Noise Mask keeps (N, 1, H, W) at the size of the pixels."""
-    (latent,) = EncodeVideo().encode(parts[1], images(9, 32, 48, 3), "strict")
+    latent, _ = EncodeVideo().encode(parts[1], images(9, 32, 48, 3), "strict")
     result = sampled(parts, cond, latent | {"noise_mask": torch.zeros(shape)})
     torch.testing.assert_close(result["samples"], latent["samples"], atol=1e-6, rtol=1e-6)
 
@@ -223,7 +223,7 @@ def test_masks_as_native_nodes_leave_them(shape: tuple[int, ...], parts: Parts, 
 def test_images_and_mask_are_cropped_alike(parts: Parts) -> None:
     mask = torch.zeros(35, 50)
     mask[1:33, 1:49] = 1  # what is left of 35 x 50 px
-    (latent,) = EncodeVideo().encode(parts[1], images(7, 35, 50, 3), "crop", mask)
+    latent, _ = EncodeVideo().encode(parts[1], images(7, 35, 50, 3), "crop", mask)
     assert torch.equal(latent["noise_mask"], torch.ones(1, 1, 5, 32, 48))
 
 
@@ -283,7 +283,7 @@ def test_settings_that_do_not_go_with_empty_latents(
 
 
 def test_a_mask_of_another_size_on_a_latent(parts: Parts, cond: Any) -> None:
-    (latent,) = EncodeVideo().encode(parts[1], images(9, 32, 48, 3), "strict")
+    latent, _ = EncodeVideo().encode(parts[1], images(9, 32, 48, 3), "strict")
     with pytest.raises(SettingsError, match="48 x 32 px, and 1 or 9 frames"):
         sampled(parts, cond, latent | {"noise_mask": torch.ones(1, 64, 64)})
 
@@ -306,7 +306,7 @@ def test_auto_sigmas_are_the_checkpoints(parts: Parts) -> None:
 
 
 def test_part_of_the_sigmas_changes_a_video(parts: Parts, cond: Any) -> None:
-    (latent,) = EncodeVideo().encode(parts[1], images(9, 32, 48, 3), "strict")
+    latent, _ = EncodeVideo().encode(parts[1], images(9, 32, 48, 3), "strict")
     (sigmas,) = Sigmas().make(parts[0], "simple", 2, 2.0, 0.5)
     told = sampled(parts, cond, latent, sigmas=sigmas)["samples"]
     named = sampled(parts, cond, latent, denoise=0.5)["samples"]
@@ -387,7 +387,7 @@ def test_latents_go_both_ways(parts: Parts) -> None:
     """A native VAE holding our weights, as diffusers' twin stands for it: raw latents of either decode in the other."""
     vae = parts[1].vae
     frames = images(9, 32, 48, 3)
-    (ours,) = EncodeVideo().encode(parts[1], frames, "strict")
+    ours, _ = EncodeVideo().encode(parts[1], frames, "strict")
     raw, _ = vae.encode(frames.permute(3, 0, 1, 2)[None] * 2 - 1)
     torch.testing.assert_close(ours["samples"], raw, atol=1e-6, rtol=1e-5)
     native_frames = vae.decode(ours["samples"]).clamp(-1, 1)

@@ -191,7 +191,7 @@ def test_parts_loaded_one_by_one(tiny_bundle_dir: Path, parts: tuple[Any, Any, A
 def test_a_latent_is_raw_and_on_the_cpu(parts: tuple[Any, Any, Any]) -> None:
     """What the VAE itself makes, not scaled: so native nodes can decode it."""
     images = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(0))
-    (latent,) = EncodeVideo().encode(parts[1], images, "strict")
+    latent, _ = EncodeVideo().encode(parts[1], images, "strict")
     mean, _ = parts[1].vae.encode(images.permute(3, 0, 1, 2)[None] * 2 - 1)
     assert latent["samples"].shape == (1, 16, 2, 4, 6)
     # Multiplied by the scale and divided again: two roundings of float32.
@@ -215,7 +215,7 @@ def test_an_image_latent_counts_as_one_frame(parts: tuple[Any, Any, Any]) -> Non
 
 def test_denoise_keeps_some_of_the_video(parts: tuple[Any, Any, Any]) -> None:
     images = torch.rand(5, 32, 48, 3, generator=torch.Generator().manual_seed(0))
-    (start,) = EncodeVideo().encode(parts[1], images, "strict")
+    start, _ = EncodeVideo().encode(parts[1], images, "strict")
     distances = []
     for denoise in (0.1, 0.9):
         arguments = SETTINGS | {"denoise": denoise, "steps": 4, "negative": conditioning(parts, "x")}
@@ -242,8 +242,8 @@ def test_exact_methods_give_what_one_piece_gives(parts: tuple[Any, Any, Any], tm
         for method, memory_gb in (("exact", 0.0), ("exact_disk", 0.1)):
             (images,) = Decode().decode(parts[1], latent, method=method, memory_gb=memory_gb)
             torch.testing.assert_close(images, whole, rtol=0, atol=1e-4)
-            (again,) = EncodeVideo().encode(parts[1], whole[:5], "strict", method=method, memory_gb=memory_gb)
-            (tiles,) = EncodeVideo().encode(parts[1], whole[:5], "strict")  # one tile is one piece
+            again, _ = EncodeVideo().encode(parts[1], whole[:5], "strict", method=method, memory_gb=memory_gb)
+            tiles, _ = EncodeVideo().encode(parts[1], whole[:5], "strict")  # one tile is one piece
             torch.testing.assert_close(again["samples"], tiles["samples"], rtol=0, atol=1e-3)
         DecodeSave().save(parts[1], latent, 8.0, "exact", "mp4", 0, "exact", 0.0)
     frames, _ = read_video(host.saved[0])
@@ -253,7 +253,7 @@ def test_exact_methods_give_what_one_piece_gives(parts: tuple[Any, Any, Any], tm
 
 def test_encode_video_crops_or_refuses(parts: tuple[Any, Any, Any]) -> None:
     images = torch.rand(7, 35, 50, 3)
-    (latent,) = EncodeVideo().encode(parts[1], images, "crop")
+    latent, _ = EncodeVideo().encode(parts[1], images, "crop")
     assert latent["samples"].shape == (1, 16, 2, 4, 6)
     with pytest.raises(SettingsError):
         EncodeVideo().encode(parts[1], images, "strict")

@@ -72,8 +72,17 @@ SMALL: dict[str, dict[str, Any]] = {
 """What makes a shipped workflow run on the random model in a blink, by node; a text of :data:`FILES` is a stand-in."""
 FILES = ("model_folder", "model_name", "vae_name", "text_name", "lora_name", "embeddings_name")
 
-PUBLISHED = {"hunyuan_i2v_v1": {"num_frames": 9}}
+COGVIDEOX = {"num_frames": 9, "max_frames": 9}
+"""its VAE takes two latent frames at a time, behind the first one"""
+PUBLISHED = {"hunyuan_i2v_v1": {"num_frames": 9}} | {
+    f"cogvideox_{name}": COGVIDEOX
+    for name in ("2b_t2v", "5b_t2v", "5b_i2v", "1_5_t2v", "1_5_i2v", "fun_interpolation", "v2v", "lora")
+}
 """workflows for files that are not in the box, and what is larger for them: v1 hides its first four frames"""
+TINY = {"cogvideox_tiny_t2v": COGVIDEOX, "cogvideox_tiny_i2v": COGVIDEOX}
+"""workflows for the bundled CogVideoX, and what is larger for them"""
+OWN_FILES = PUBLISHED | TINY
+"""workflows that keep their files, and find stand-ins under these names"""
 WITHOUT_VIDEO = {"hunyuan_save_embeddings"}
 RENDERED = [name for name in NAMES if name not in WITHOUT_VIDEO]
 BUNDLED_ONLY = [name for name in RENDERED if name not in PUBLISHED]
@@ -106,7 +115,7 @@ def small(name: str, stand_ins: Path | None) -> dict[tuple[str, str], Any]:
     for node_id, node in shipped(name).items():
         for key, value in SMALL.get(node["class_type"], {}).items():
             if key not in FILES:
-                changes[node_id, key] = PUBLISHED.get(name, {}).get(key, value)
+                changes[node_id, key] = OWN_FILES.get(name, {}).get(key, value)
             elif stand_ins is not None:
                 changes[node_id, key] = str(stand_ins / value)
     return changes
@@ -140,7 +149,7 @@ def test_there_are_workflows() -> None:
     ]
     tasks += ["save_embeddings", "load_embeddings", "keyframes"]
     tasks += ["step_cache", "magcache", "skip_layers", "stg", "cfg_zero_star", "enhance_a_video", "riflex", "windows"]
-    assert {f"hunyuan_{task}" for task in tasks} <= set(NAMES)
+    assert {f"hunyuan_{task}" for task in tasks} | OWN_FILES.keys() <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
 
 
@@ -187,16 +196,18 @@ def test_the_drawing_is_readable(name: str) -> None:
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_a_workflow_runs_and_comes_back_from_its_video(
-    name: str, stand_ins: Path, i2v_v1_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The workflow in the mp4 is the one that ran; queued again it makes the same video."""
     out = tmp_path / "a.mp4"
-    changes = small(name, None if name in PUBLISHED else stand_ins)
-    models = ["--models", str(i2v_v1_models)] if name in PUBLISHED else []
+    changes = small(name, None if name in OWN_FILES else request.getfixturevalue("stand_ins"))
+    family = "cogvideox_models" if name.startswith("cogvideox") else "i2v_v1_models"
+    models = ["--models", str(request.getfixturevalue(family))] if name in OWN_FILES else []
     file = str(WORKFLOWS / "api" / f"{name}.json")
     assert main(["render", file, "-o", str(out), *models, *as_settings(changes)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
-    assert read_video(out)[0].shape == (5, *SIZES.get(name, (32, 32)), 3)
+    num_frames = 9 if OWN_FILES.get(name) is COGVIDEOX else 5
+    assert read_video(out)[0].shape == (num_frames, *SIZES.get(name, (32, 32)), 3)
     tags = read_metadata(out)
     prompt = json.loads(tags["prompt"])
     assert all(prompt[node]["inputs"][key] == value for (node, key), value in changes.items())
@@ -239,15 +250,15 @@ def test_numbers_and_links_survive_any_id() -> None:
     assert restored["1"] == prompt["7:1"]
 
 
-def needs_the_bundled_model() -> None:
-    parts = [path.name for path in bundled_models().get(BUNDLED, Path("missing")).glob("*.safetensors")]
-    if len(parts) < 3:
+def needs_the_bundled_model(name: str = BUNDLED, files: int = 3) -> None:
+    parts = [path.name for path in bundled_models().get(name, Path("missing")).glob("*.safetensors")]
+    if len(parts) < files:
         pytest.skip("the bundled checkpoint is not complete")
 
 
 @pytest.mark.parametrize("name", BUNDLED_ONLY)
 def test_a_workflow_runs_as_it_is_shipped(name: str, tmp_path: Path) -> None:
-    needs_the_bundled_model()
+    needs_the_bundled_model(*(("vidgen-tiny-cogvideox", 4) if name in TINY else ()))
     out = tmp_path / "a.mp4"
     few = [] if name == "hunyuan_t2v" else ["--set", "VidGenSampler.steps=4"]
     few += ["--set", "VidGenCalibrateCache.steps=4"] if name == "hunyuan_magcache" else []

@@ -132,6 +132,12 @@ def find_parts(source: Source = None) -> tuple[dict[str, Header], dict[str, Foun
     return headers, found
 
 
+def _of_part(folder: Path) -> list[Path]:
+    """The checkpoints of a folder; of one alone the folder itself, whose config.json says more than its tensors do."""
+    files = checkpoints_in(folder)
+    return [folder] if len(files) == 1 else files
+
+
 def sees_images(headers: Mapping[str, Header], found: Mapping[str, Found]) -> bool:
     """Whether the text encoders of :func:`find_parts` can be shown a picture."""
     family = found["network"].family
@@ -157,7 +163,7 @@ def _files(source: Source) -> tuple[list[Path], list[Path]]:
         path = bundled_models()[name] / file
     if path.is_dir():
         inner = sorted(folder for folder in path.iterdir() if folder.is_dir())
-        files = checkpoints_in(path) or [file for folder in inner for file in checkpoints_in(folder)]
+        files = checkpoints_in(path) or [file for folder in inner for file in _of_part(folder)]
         if not files:
             expected = "files ending in " + ", ".join(ENDINGS)
             raise FileError("There is no checkpoint in this folder", given=path, expected=expected)

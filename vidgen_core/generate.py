@@ -29,7 +29,7 @@ from .errors import NumericsError, SettingsError
 from .families import ImageMode, KeyframeRules, TextEncoder
 from .guidance import ScaleAt, away_from, cfg, cfg_schedule, cfg_zero_star, hold, keep, once, zero_init
 from .health import CheckedCodec, Suspect, find_suspect, remedy_for
-from .keyframes import Keyframe, LatentKeyframe, encode_keyframes, repeat_over_frames
+from .keyframes import Keyframe, LatentKeyframe, repeat_over_frames
 from .memory.attention_chunks import chunked_attention
 from .memory.cancel import watched
 from .memory.host import Host, LocalHost, available_cores
@@ -232,6 +232,22 @@ def encode_prompts(
         return relieved(encode, None, (), what="Reading the prompt", advice=lambda: TEXT_ADVICE)
 
 
+def encode_pictures(
+    rules: KeyframeRules, config: Any, codec: Codec, keyframes: Sequence[Keyframe], shape: VideoShape
+) -> list[LatentKeyframe]:
+    """Given pictures as the network is told them: what :func:`with_keyframes` takes.
+
+    Args:
+        config: of the network, as ``family.keyframes.methods`` leave it.
+
+    Raises:
+        SettingsError: a picture or a mask of another size than the video, or for a frame that it does not have.
+    """
+    if rules.fills_in(config):  # they become a whole video, which may not fit in one piece
+        codec = saving(codec, planned("encode video", "tiling", None))
+    return rules.encode(config, codec, keyframes, shape)
+
+
 def with_keyframes(
     model: VideoModel,
     cond: Conditioning,
@@ -364,15 +380,16 @@ class _Given:
                 do="make it with mask_to_latents",
             )
 
-    def led_by(self, frames: int) -> _Given:
-        """With the first latent frame this many more times in front."""
+    def between(self, lead: int, trail: int) -> _Given:
+        """With the first latent frame ``lead`` more times in front, and the last one ``trail`` times behind."""
 
-        def lead(latents: Tensor | None) -> Tensor | None:
-            if latents is None or not frames or latents.shape[2] == 1:
+        def longer(latents: Tensor | None) -> Tensor | None:
+            if latents is None or latents.shape[2] == 1:
                 return latents
-            return torch.cat([latents[:, :, :1].expand(-1, -1, frames, -1, -1), latents], dim=2)
+            ends = latents[:, :, :1].expand(-1, -1, lead, -1, -1), latents[:, :, -1:].expand(-1, -1, trail, -1, -1)
+            return torch.cat([ends[0], latents, ends[1]], dim=2)
 
-        return _Given(*(lead(getattr(self, field.name)) for field in fields(self)))
+        return _Given(*(longer(getattr(self, field.name)) for field in fields(self)))
 
 
 def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
@@ -396,8 +413,9 @@ def _sample(
     ts = settings.check(model.diffusion)
     given.check(shape, ts, settings)
     model.family.keyframes.check_conditioning(model.config, positive, shape)
-    lead = model.family.lead_frames(model.config, shape[2])
-    shape, given = (*shape[:2], shape[2] + lead, *shape[3:]), given.led_by(lead)
+    lead, trail = (spare(model.config, shape[2]) for spare in (model.family.lead_frames, model.family.trail_frames))
+    shown = slice(lead, lead + shape[2])
+    shape, given = (*shape[:2], lead + shape[2] + trail, *shape[3:]), given.between(lead, trail)
     state = SamplerState() if run is None else run.load()
     to_rgb = preview or model.preview
 
@@ -409,7 +427,7 @@ def _sample(
             run.keep(info.state)
         host.progress("sample", info.step, info.num_steps)
         if to_rgb is not None:
-            show(to_rgb, info.x0[:, :, lead:])
+            show(to_rgb, info.x0[:, :, shown])
         host.check_cancelled()
 
     def steps(plan: _Plan) -> Tensor:
@@ -464,7 +482,7 @@ def _sample(
             make_room=lambda: host.make_room(_activations(model, shape)),
             advice=lambda: _smaller(model, shape),
         )
-        return latents[:, :, lead:]
+        return latents[:, :, shown]
 
 
 class _Unfit(Exception):
@@ -952,7 +970,7 @@ def generate(
             texts = [settings.negative_prompt]
             black = None if seen is None else seen.black()
             negative = encode_prompts(bundle.text, model, texts, guidance=settings.guidance, image=image, seen=black)
-        pictures = encode_keyframes(bundle.codec, keyframes, shape)
+        pictures = encode_pictures(rules, told, bundle.codec, keyframes, shape)
         host.progress("encode", 1, 1)
 
     positive = with_keyframes(model, positive, pictures, latent_shape, method=method)
@@ -962,6 +980,8 @@ def generate(
         identity["seen"] = fingerprint(Conditioning(concat=seen.image))
     if start is not None:
         identity["image"] = fingerprint(Conditioning(concat=start))
+    if pictures and rules.fills_in(told):
+        identity["video"] = fingerprint(positive)
     run = _run_file(model, latent_shape, settings, identity)
     latents = _sample(
         model,

@@ -38,6 +38,8 @@ class Keyframe:
     """the time at which the picture lets go, for families that release it: 0 never"""
     noise: float = 0.0
     """standard deviation of noise added to the picture first, for families that are told so"""
+    mask: Tensor | None = None
+    """(1, 1, H, W): 1 where the frame is made new all the same, for networks that fill in; None: nowhere"""
 
     def index(self, num_frames: int) -> int:
         """The frame counted from 0; SettingsError if the video has no such frame."""
@@ -56,12 +58,26 @@ class LatentKeyframe:
     """A keyframe as the network sees it."""
 
     latents: Tensor
-    """(1 or B, C, 1, h, w) at unit scale"""
+    """(1 or B, C, 1, h, w) at unit scale; of a whole video (1, C, T, h, w) with its gaps black"""
     index: int
     """frame of the video, from 0"""
     strength: float = 1.0
     until: float = 0.0
     noise: float = 0.0
+    mask: Tensor | None = None
+    """of a whole video, (1, 1, T, h, w): how far a latent is given"""
+
+
+def video_keyframes(video: Tensor, mask: Tensor | None = None) -> list[Keyframe]:
+    """Every frame of a video as a keyframe, for networks that fill in.
+
+    Args:
+        video: (1, 3, T, H, W) in [-1, 1].
+        mask: (1 or T, H, W), 1 where the video is made new; None: nowhere.
+    """
+    masks = [None] * video.shape[2] if mask is None else mask[:, None, None].expand(video.shape[2], -1, -1, -1, -1)
+    frames = zip(video.unbind(2), masks, strict=True)
+    return [Keyframe(image=image, frame=frame, mask=gaps) for frame, (image, gaps) in enumerate(frames)]
 
 
 def picture(images: Tensor) -> Tensor:
@@ -160,13 +176,7 @@ def encode_keyframes(codec: Codec, keyframes: Sequence[Keyframe], shape: VideoSh
     encoded = []
     for keyframe in keyframes:
         index = keyframe.index(shape.num_frames)
-        if tuple(keyframe.image.shape[1:]) != (3, shape.height_px, shape.width_px):
-            raise SettingsError(
-                "The image is of another size than the video",
-                given=f"shape {tuple(keyframe.image.shape)}",
-                expected=f"(1, 3, {shape.height_px}, {shape.width_px})",
-                do="bring it to the size of the video with fit_images",
-            )
+        check_size(keyframe, shape)
         with torch.inference_mode():
             latents = codec.encode(keyframe.image.unsqueeze(2)).float()
         encoded.append(
@@ -179,6 +189,19 @@ def encode_keyframes(codec: Codec, keyframes: Sequence[Keyframe], shape: VideoSh
             )
         )
     return encoded
+
+
+def check_size(keyframe: Keyframe, shape: VideoShape) -> None:
+    """Raise SettingsError unless the picture and its mask are as large as the video."""
+    size = (shape.height_px, shape.width_px)
+    for name, given, channels in (("image", keyframe.image, 3), ("mask", keyframe.mask, 1)):
+        if given is not None and (given.ndim != 4 or tuple(given.shape[1:]) != (channels, *size)):
+            raise SettingsError(
+                f"The {name} is of another size than the video",
+                given=f"shape {tuple(given.shape)}",
+                expected=f"(1, {channels}, {size[0]}, {size[1]})",
+                do="bring it to the size of the video with fit_images",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,8 +332,8 @@ def mask_to_latents(mask: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:
 
 
 def repeat_over_frames(latents: Tensor, shape: Sequence[int]) -> Tensor:
-    """(1 or B, C, 1, h, w) -> (B, C, T, h, w): the picture as a still video."""
-    return latents.expand(shape[0], -1, shape[2], -1, -1)
+    """(1 or B, C, 1, h, w) -> (B, C, T, h, w): the picture as a still video; of a video its first frame."""
+    return latents[:, :, :1].expand(shape[0], -1, shape[2], -1, -1)
 
 
 # --- what networks refuse that go on from a first frame ------------------------------------------------------------
@@ -329,6 +352,10 @@ def check_first_frame(
             do="leave the others out",
         )
     given = keyframes[0]
+    if given.mask is not None:
+        raise SettingsError(
+            f"{title} takes its first frame whole", given="a picture with a mask", do="leave the mask out"
+        )
     if (given.strength, given.until, given.noise) != (1.0, 0.0, 0.0):
         raise SettingsError(
             f"{title} takes its first frame exactly as it is",

@@ -306,7 +306,7 @@ def sample_cost(
 ) -> Cost:
     """Of one evaluation of the denoiser for a batch of latents (B, C, T, H, W), ``at_once`` samples a forward."""
     model = VideoModel.of(family.name, config, network)
-    frames = latent_shape[2] + family.lead_frames(config, latent_shape[2])
+    frames = family.denoised_frames(config, latent_shape[2])
     latent_shape = (*latent_shape[:2], frames, *latent_shape[3:])
     batch, channels = latent_shape[:2]
     size = min(at_once, batch)

@@ -1,5 +1,5 @@
-"""Draw the picture of each shipped workflow for the templates browser: a frame of what it renders, or of the plain one
-where it needs files that are not in the box or makes no video.
+"""Draw the picture of each shipped workflow for the templates browser: a frame of what it renders, or of a workflow
+that does the like where it needs files that are not in the box or makes no video.
 
 ``python docs/images/make_thumbnails.py [NAME ...]``
 """
@@ -19,6 +19,13 @@ from vidgen.vidgen_core.media import read_video
 
 WORKFLOWS = Path(vidgen.__file__).resolve().parent / "workflows"
 PLAIN = "hunyuan_t2v"
+LIKE = {
+    "_i2v": "hunyuan_i2v",
+    "_v2v": "hunyuan_v2v",
+    "_lora": "hunyuan_lora_stack",
+    "_interpolation": "hunyuan_keyframes",
+}
+"""end of a name -> which workflow does the like"""
 SIDE_PX = 320
 
 
@@ -28,7 +35,8 @@ def main(names: list[str]) -> None:
             saved: list[Path] = []
             with contextlib.suppress(NodeError, PromptError):
                 saved = vidgen.render(name, output=folder)
-            frames, _ = read_video((saved or vidgen.render(PLAIN, output=folder))[-1])
+            like = next((other for end, other in LIKE.items() if name.endswith(end)), PLAIN)
+            frames, _ = read_video((saved or vidgen.render(like, output=folder))[-1])
         frame = Image.fromarray(frames[len(frames) // 2])
         frame.thumbnail((SIDE_PX, SIDE_PX))
         scale = SIDE_PX / max(frame.size)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError
+from ..keyframes import encode_keyframes
 from ..types import Defaults
 from ..weights.config import config_from_json, unknown_name
 from ..weights.layout import Layout
@@ -139,6 +140,12 @@ class KeyframeRules:
     """frames at the start of a decoded video that are not meant to be seen"""
     interleave: Callable[[Config], int | None]
     """every how many-th token of a given picture stands in the encoded prompt; None: the prompt says nothing of it"""
+    encode: Callable[[Config, Codec, Sequence[Keyframe], VideoShape], list[LatentKeyframe]] = (
+        lambda config, codec, keyframes, shape: encode_keyframes(codec, keyframes, shape)
+    )
+    """(network config, codec, keyframes, video) -> what ``condition`` takes; by default each picture on its own"""
+    fills_in: Callable[[Config], bool] = lambda config: False
+    """whether the network is told a video with gaps: any frames, and masks of what is missing of them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +196,8 @@ class Family:
     """codec config -> how pixels map to latents"""
     lead_frames: Callable[[Config, int], int] = lambda config, num_frames: 0
     """(network config, latent frames of the video) -> latent frames that are denoised in front of them and dropped"""
+    trail_frames: Callable[[Config, int], int] = lambda config, num_frames: 0
+    """likewise behind them"""
     latent_channels: Callable[[Config], int]
     """channels of the latents the network denoises (its input may have more)"""
     fits_text: Callable[[Config, Config], str | None]
@@ -208,6 +217,10 @@ class Family:
     """peak bytes of one forward of one sample in a 2-byte dtype"""
     defaults: Callable[[Config], Defaults]
     """network config -> what its authors recommend"""
+
+    def denoised_frames(self, config: Config, num_frames: int) -> int:
+        """How many latent frames the network denoises for a video of ``num_frames`` of them."""
+        return num_frames + self.lead_frames(config, num_frames) + self.trail_frames(config, num_frames)
 
 
 class _Lazy(Mapping[str, Family]):

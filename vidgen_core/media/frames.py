@@ -112,7 +112,8 @@ def crop_to_grid(images: Tensor, grid: Grid, *, multiple_px: int) -> Tensor:
     """The middle of the frames with sides that are multiples of ``multiple_px``, without the last frames that the
     codec cannot take. What is cut off is logged; too small a video is a SettingsError."""
     num_frames, height, width = images.shape[:3]
-    kept_frames = grid.num_frames(grid.num_latent_frames(num_frames))
+    latents = grid.num_latent_frames(num_frames)
+    kept_frames = grid.num_frames(latents - (latents - grid.causal) % grid.group)
     kept_height, kept_width = height // multiple_px * multiple_px, width // multiple_px * multiple_px
     if 0 in (kept_frames, kept_height, kept_width):
         raise SettingsError(

@@ -18,7 +18,7 @@ from ...types import Conditioning, VideoShape
 from .. import Family, Part
 from .block_rules import BLOCK_RULES
 from .config import NetworkConfig, TextConfig, defaults
-from .keyframes import RULES, lead_frames
+from .keyframes import RULES, lead_frames, trail_frames
 from .keys import LAYOUTS
 from .network import CogVideoXTransformer
 from .parts import CODEC, T5, TEXT, TEXT_ASSEMBLY, build_codec
@@ -40,6 +40,8 @@ def _diffusion(config: NetworkConfig) -> Diffusion:
 def _network_inputs(config: NetworkConfig, x: Tensor, clock: Tensor, cond: Conditioning) -> dict[str, Any]:
     if cond.concat is not None:
         x = torch.cat([x, cond.concat.to(x.dtype)], dim=1)
+    elif config.fills_in:  # nothing is given: a video from text
+        x = torch.cat([x, x.new_zeros(x.shape[0], config.in_channels - x.shape[1], *x.shape[2:])], dim=1)
     return {
         "x": x,
         "timestep": clock.expand(x.shape[0]),
@@ -78,7 +80,7 @@ def _fits_text(network: NetworkConfig, text: TextConfig) -> str | None:
 def _activation_bytes(config: NetworkConfig, shape: VideoShape) -> int:
     """Residual stream, q, k, v, attention output, the MLP's inner layer and two temporaries of each token."""
     frames = (shape.num_frames - 1) // 4 + 1
-    frames += lead_frames(config, frames)
+    frames = FAMILY.denoised_frames(config, frames)
     pt, ph, pw = config.patch
     tokens = frames * shape.height_px * shape.width_px // (64 * pt * ph * pw)
     width = config.hidden_size * (1 + 3 + 1 + 2 + config.mlp_ratio)
@@ -106,6 +108,7 @@ FAMILY = Family(
     patch=lambda config: config.patch,
     grid=grid_of,
     lead_frames=lead_frames,
+    trail_frames=trail_frames,
     latent_channels=lambda config: config.out_channels,
     fits_text=_fits_text,
     blocks=("layers",),

@@ -46,7 +46,8 @@ class TextConfig:
     """what an empty prompt becomes: T5's states of it (diffusers), or zeros (the original release)"""
 
 
-VAE_2B = CodecConfig(scaling_factor=1.15258426)
+SCALING_FACTOR_2B = 1.15258426
+VAE_2B = CodecConfig(scaling_factor=SCALING_FACTOR_2B)
 VAE_5B = CodecConfig()
 T5_XXL = TextConfig()
 
@@ -79,17 +80,28 @@ class NetworkConfig:
     rope_theta: float = 10_000.0
     sincos_scale: float = 1.875
     """rows and columns are this many times closer together in the fixed table"""
+    sincos_fit: Literal["count", "stretch"] = "count"
+    """another size goes on counting in the fixed table, or the trained part of it is stretched over that size"""
     offset_embed: bool = False
     """the network is told a number besides the time, which is always 2 (image to video of version 1.5)"""
     snr_shift: float = 1.0
     """what the signal-to-noise ratio of the noise table is divided by"""
     image_scale: float = 1.0
     """latents of a given picture, at unit scale, are multiplied with it before they are stacked onto the channels"""
+    image_noise: float = 0.0
+    """standard deviation of noise on what is given of a video, before it is encoded (networks that fill in)"""
+    mask_scale: float = 0.7
+    """what the mask says where the video is given: the factor of the VAE in training (networks that fill in)"""
 
     @property
     def takes_image(self) -> bool:
         """The input has channels for the latents of a given picture."""
         return self.in_channels > self.out_channels
+
+    @property
+    def fills_in(self) -> bool:
+        """The input has channels for a mask and for the latents of a video with gaps (CogVideoX-Fun-InP)."""
+        return self.in_channels == 2 * self.out_channels + 1
 
 
 SCALING_FACTOR = 0.7
@@ -105,16 +117,27 @@ I2V_5B = NetworkConfig(in_channels=32, positions="learned")
 T2V_1_5_5B = NetworkConfig(patch=(2, 2, 2), trained_grid=(11, 150, 150), rope_fit="slice")
 I2V_1_5_5B = replace(T2V_1_5_5B, in_channels=32, offset_embed=True, image_scale=INVERTED_LATENTS)
 
+# CogVideoX-Fun (alibaba-pai): 2B and both versions of 5B trained on to fill in what is missing of a video. Its trainer
+# and its samplers leave the ratio of 2B alone (github.com/aigc-apps/VideoX-Fun).
+FUN_2B = replace(T2V_2B, in_channels=33, snr_shift=1.0, sincos_fit="stretch", mask_scale=SCALING_FACTOR_2B)
+FUN_5B = NetworkConfig(in_channels=33)
+FUN_1_5_5B = replace(T2V_1_5_5B, in_channels=33)
+FUN_NOISE = 0.0563
+"""image_noise of the releases that were trained on noisy pictures, for more motion: 1.1 and later, but not 2B"""
+
 DEFAULTS_2B = Defaults(
     num_frames=49, height_px=480, width_px=720, fps=8, num_steps=50, shift=1.0, cfg=6.0, sampler="ddim",
     schedule="trailing",
 )  # fmt: skip
 DEFAULTS_5B = replace(DEFAULTS_2B, sampler="cogvideox_dpm", cfg_schedule="dynamic")
 DEFAULTS_1_5 = replace(DEFAULTS_5B, num_frames=81, height_px=768, width_px=1360, fps=16)
+DEFAULTS_FUN = replace(DEFAULTS_2B, height_px=384, width_px=672)
 
 
 def defaults(config: NetworkConfig) -> Defaults:
     """What the authors recommend for a network."""
+    if config.fills_in:
+        return DEFAULTS_FUN if config.patch[0] == 1 else replace(DEFAULTS_FUN, num_frames=81)
     if config.patch[0] > 1:
         return DEFAULTS_1_5
     return DEFAULTS_2B if config.positions == "sincos" else DEFAULTS_5B

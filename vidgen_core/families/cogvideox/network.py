@@ -1,4 +1,4 @@
-"""CogVideoX's diffusion transformer: 2B, 5B, 5B-I2V and both of version 1.5, from a toy to the published sizes.
+"""CogVideoX's diffusion transformer: 2B, 5B, 5B-I2V, both of version 1.5 and Fun-InP, from a toy to published sizes.
 
 Video and text tokens are one stream and attend to each other without a mask. A vector made of the time shifts, scales
 and gates every block, the two kinds of tokens each in its own way. Sources: the CogVideo repository
@@ -204,7 +204,8 @@ class CogVideoXTransformer(nn.Module):
         """Predict v.
 
         Args:
-            x: (B, in_channels, T, H, W) noisy latents, with those of a given picture behind them on the channels.
+            x: (B, in_channels, T, H, W) noisy latents, with those of a given picture behind them on the channels; for
+                networks that fill in with a mask and the latents of the video with gaps.
             timestep: (B,) entry of the noise table, 0 to 999.
             context: (B, M, text_width) text states; padded ones count like any others.
             context_mask: (B, M) bool, for texts that do not come at their full length; None: every token is looked at.
@@ -252,7 +253,10 @@ class CogVideoXTransformer(nn.Module):
     def _placed(self, video: Tensor, text: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """With the table of positions added, where the network has one."""
         if self.config.positions == "sincos":
-            table = sincos_table(grid, self.config.hidden_size, self.config.sincos_scale, device=video.device)
+            trained = self.config.trained_grid if self.config.sincos_fit == "stretch" else None
+            table = sincos_table(
+                grid, self.config.hidden_size, self.config.sincos_scale, device=video.device, trained=trained
+            )
             return video + table.to(video.dtype), text
         table = self.patch_embed.pos_embedding
         if table is None:
@@ -309,7 +313,8 @@ class CogVideoXTransformer(nn.Module):
         self._check_size(self._grid(x), context.shape[1])
 
     def _check_size(self, grid: tuple[int, int, int], num_text: int) -> None:
-        """A trained table serves the trained size alone, and fewer frames of it; counting ends where the table did."""
+        """A trained table serves the trained size alone, and fewer frames of it; counting ends where the table did.
+        A stretched one has its number of frames."""
         config, trained = self.config, self.config.trained_grid
         unit = [8 * step for step in config.patch[1:]]
         size = f"{grid[2] * unit[1]} x {grid[1] * unit[0]} px"
@@ -320,6 +325,13 @@ class CogVideoXTransformer(nn.Module):
                 given=f"{size}, {grid[0]} latent frames",
                 expected=f"{limit}, at most {trained[0]} latent frames",
                 do=f"use {limit} and {4 * trained[0] - 3} frames",
+            )
+        if config.positions == "sincos" and config.sincos_fit == "stretch" and grid[0] > trained[0]:
+            raise SettingsError(
+                "This network knows no longer video than it was trained for",
+                given=f"{grid[0]} latent frames",
+                expected=f"at most {trained[0]}",
+                do=f"use {4 * trained[0] - 3} frames",
             )
         if config.positions == "learned" and num_text != config.text_length:
             raise SettingsError(
@@ -384,8 +396,18 @@ def fitted_spans(
 
 
 @lru_cache(maxsize=4)
-def sincos_table(grid: tuple[int, int, int], width: int, scale: float, *, device: torch.device) -> Tensor:
+def sincos_table(
+    grid: tuple[int, int, int],
+    width: int,
+    scale: float,
+    *,
+    device: torch.device,
+    trained: tuple[int, int, int] | None = None,
+) -> Tensor:
     """The fixed table of 2B: a quarter of the channels for frames, then as many for columns as for rows.
+
+    Args:
+        trained: the grid whose rows and columns are stretched to those of ``grid``; None goes on counting.
 
     Returns:
         float32 (1, L, width).
@@ -393,10 +415,13 @@ def sincos_table(grid: tuple[int, int, int], width: int, scale: float, *, device
     with torch.inference_mode(False), torch.no_grad():
         frames, rows, columns = grid
         time, space = width // 4, 3 * width // 8
+        known_rows, known_columns = grid[1:] if trained is None else trained[1:]
+        across = _sinusoids(torch.arange(known_columns, dtype=torch.float32) / scale, space)
+        down = _sinusoids(torch.arange(known_rows, dtype=torch.float32) / scale, space)
         parts = [
             _sinusoids(torch.arange(frames), time)[:, None, None, :],
-            _sinusoids(torch.arange(columns, dtype=torch.float32) / scale, space)[None, None, :, :],
-            _sinusoids(torch.arange(rows, dtype=torch.float32) / scale, space)[None, :, None, :],
+            _stretched(across, columns)[None, None, :, :],
+            _stretched(down, rows)[None, :, None, :],
         ]
         table = torch.cat([part.expand(frames, rows, columns, -1) for part in parts], dim=-1)
         return table.flatten(0, 2).unsqueeze(0).float().to(device)
@@ -407,6 +432,13 @@ def _sinusoids(positions: Tensor, channels: int) -> Tensor:
     half = channels // 2
     angles = torch.outer(positions.double(), 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _stretched(table: Tensor, length: int) -> Tensor:
+    """(P, channels) -> (length, channels), linear between neighbours."""
+    if len(table) == length:
+        return table
+    return F.interpolate(table.T[None], size=length, mode="linear", align_corners=False)[0].T
 
 
 def _volume(grid: tuple[int, int, int]) -> int:

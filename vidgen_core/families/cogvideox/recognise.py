@@ -11,7 +11,17 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...weights.shards import CONFIG_KEY
-from .config import I2V_1_5_5B, T2V_1_5_5B, T2V_2B, T2V_5B, NetworkConfig
+from .config import (
+    FUN_1_5_5B,
+    FUN_2B,
+    FUN_5B,
+    FUN_NOISE,
+    I2V_1_5_5B,
+    T2V_1_5_5B,
+    T2V_2B,
+    T2V_5B,
+    NetworkConfig,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,9 +50,15 @@ def network_config(shapes: Shapes) -> NetworkConfig | None:
     hidden_size, text_width = shapes["patch_embed.text_proj.weight"]
     is_1_5 = len(projection) == 2
     has_offset = "ofs_embed.0.weight" in shapes
-    base = _base(is_1_5=is_1_5, is_offset=has_offset, is_2b=hidden_size == T2V_2B.hidden_size and table is None)
-    out_channels = shapes["final_layer.linear.weight"][0] // math.prod(base.patch)
-    in_channels = projection[1] // math.prod(base.patch) if is_1_5 else projection[1]
+    volume = math.prod((T2V_1_5_5B if is_1_5 else T2V_5B).patch)
+    out_channels = shapes["final_layer.linear.weight"][0] // volume
+    in_channels = projection[1] // volume if is_1_5 else projection[1]
+    base = _base(
+        is_1_5=is_1_5,
+        is_offset=has_offset,
+        is_2b=hidden_size == T2V_2B.hidden_size and table is None,
+        fills_in=in_channels == 2 * out_channels + 1,
+    )
     if table is not None and in_channels == out_channels:
         return None  # SAT's files carry the fixed table under the trained one's name
     return replace(
@@ -60,7 +76,9 @@ def network_config(shapes: Shapes) -> NetworkConfig | None:
     )
 
 
-def _base(*, is_1_5: bool, is_offset: bool, is_2b: bool) -> NetworkConfig:
+def _base(*, is_1_5: bool, is_offset: bool, is_2b: bool, fills_in: bool) -> NetworkConfig:
+    if fills_in:
+        return FUN_1_5_5B if is_1_5 else (FUN_2B if is_2b else FUN_5B)
     if is_1_5:
         return I2V_1_5_5B if is_offset else T2V_1_5_5B
     return T2V_2B if is_2b else T2V_5B
@@ -78,12 +96,14 @@ def network_told(config: NetworkConfig, metadata: Mapping[str, str]) -> tuple[Ne
     Raises:
         CheckpointError: the config.json is damaged, or belongs to another network.
     """
-    if config.in_channels not in (config.out_channels, 2 * config.out_channels):
+    out_channels = config.out_channels
+    if config.in_channels not in (out_channels, 2 * out_channels, 2 * out_channels + 1):
         raise CheckpointError(
-            "This CogVideoX takes more than a text and a first frame, which is not supported",
-            given=f"{config.in_channels} input channels for {config.out_channels} output channels",
-            expected=f"{config.out_channels} (from text) or {2 * config.out_channels} (from a first frame)",
-            do="use one of the five releases of Zhipu AI; Fun, InP and control variants are other networks",
+            "This CogVideoX takes more than a text and pictures, which is not supported",
+            given=f"{config.in_channels} input channels for {out_channels} output channels",
+            expected=f"{out_channels} (from text), {2 * out_channels} (from a first frame) or {2 * out_channels + 1} "
+            "(Fun-InP, from any frames)",
+            do="use one of the five releases of Zhipu AI or CogVideoX-Fun-InP; control variants are other networks",
         )
     if CONFIG_KEY not in metadata:
         return config, True
@@ -109,7 +129,7 @@ def _with_told(config: NetworkConfig, told: Mapping[str, Any]) -> NetworkConfig:
         )
     if "use_rotary_positional_embeddings" in told and config.positions != "learned":
         positions = "rope" if told["use_rotary_positional_embeddings"] else "sincos"
-        snr_shift = T2V_2B.snr_shift if positions == "sincos" else T2V_5B.snr_shift
+        snr_shift = T2V_2B.snr_shift if positions == "sincos" and not config.fills_in else T2V_5B.snr_shift
         config = replace(config, positions=positions, snr_shift=snr_shift)
     pt, ph, pw = config.patch
     frames, rows, columns = config.trained_grid
@@ -122,4 +142,5 @@ def _with_told(config: NetworkConfig, told: Mapping[str, Any]) -> NetworkConfig:
         trained_grid=(frames, rows, columns),
         text_length=int(told.get("max_text_seq_length", config.text_length)),
         sincos_scale=float(told.get("spatial_interpolation_scale", config.sincos_scale)),
+        image_noise=FUN_NOISE if told.get("add_noise_in_inpaint_model", False) else config.image_noise,
     )
