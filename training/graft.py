@@ -26,7 +26,7 @@ from ..vidgen_core.nn.embeddings import patchify, timestep_embedding
 from .teacher import time_of_share
 
 TIME_STEPS = 2000
-RIDGE = 1e-4
+RIDGE = 1e-6
 
 
 @torch.no_grad()
