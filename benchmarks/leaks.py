@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import Cancelled
 from ..vidgen_core.memory.host import LocalHost
+from .full_size import commit
 from .render import MIB, machine, status_bytes
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
         "machine": machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
