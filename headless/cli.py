@@ -133,7 +133,9 @@ def _add_generate(commands: Any) -> None:
         help="a LoRA and how strongly it acts (default 1); may be given several times",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="compile the network's blocks: a slower first step, faster others"
+        "--compile",
+        action="store_true",
+        help="compile the network's blocks, for GPUs: a slower first step, faster others",
     )
     parser.add_argument(
         "--storage", help="how the network's weights lie in memory: auto, float8, float8 per row, int8, nf4, ..."
