@@ -197,8 +197,9 @@ def scaled(images: Tensor, method: str, width: int, height: int) -> Tensor:
 
         from ..vidgen_core.media import frames_to_images, images_to_frames
 
-        frames = [Image.fromarray(frame) for frame in images_to_frames(images)]
-        return frames_to_images(np.stack([frame.resize((width, height), Image.Resampling.LANCZOS) for frame in frames]))
+        size = width, height
+        frames = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in images_to_frames(images))
+        return frames_to_images(np.stack([np.asarray(frame) for frame in frames]))
     moved = torch.nn.functional.interpolate(images.movedim(-1, 1), size=(height, width), mode=method)
     return moved.movedim(1, -1).clamp(0, 1)
 

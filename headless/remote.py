@@ -358,7 +358,9 @@ def named_files(prompt: Prompt, classes: Classes, folder: Path | None) -> Iterat
     """
     from ..nodes.host import INPUT_MARK, file_below
 
-    for node_id, node in prompt.items() if folder is not None else ():
+    if folder is None:
+        return
+    for node_id, node in prompt.items():
         for name, _, options, _ in input_specs(classes[node["class_type"]]):
             value = node.get("inputs", {}).get(name)
             if isinstance(value, str) and any(options.get(upload) for upload in _UPLOADS):
