@@ -115,7 +115,7 @@ if __package__:
 
         offer_plans(_plan)
 
-    def render(workflow, /, *, output=None, device=None, models=(), quiet=True, **values):
+    def render(workflow, /, *, output=None, device=None, models=(), input_folder=None, quiet=True, **values):
         """Run a workflow: ``vidgen.render("hunyuan_t2v", seed=7, output="a.mp4", **{"Prompt.prompt": "a red star"})``.
 
         Args:
@@ -123,6 +123,7 @@ if __package__:
             output: the video, or a folder for several; None is the folder ``output``.
             device: "cpu", "cuda", ...; None takes a GPU if there is one.
             models: folders to look for models in, besides the bundled ones.
+            input_folder: whose files ComfyUI's own loaders name; None is ``VidGen/input`` in the home folder.
             quiet: no progress bar.
             values: ``NODE.INPUT`` (id, title or class of the node), or ``INPUT`` where one node only has it.
 
@@ -134,6 +135,14 @@ if __package__:
         """
         from .headless.render import render_workflow
 
-        return render_workflow(workflow, output=output, device=device, models=models, quiet=quiet, values=values)
+        return render_workflow(
+            workflow,
+            output=output,
+            device=device,
+            models=models,
+            input_folder=input_folder,
+            quiet=quiet,
+            values=values,
+        )
 
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY", "render"]

@@ -22,16 +22,19 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..training.data import detect, shapes
+
+if TYPE_CHECKING:
+    from ..vidgen_core.generate import Sampling
 
 NUM_FEATURES = 48
 FEATURE_SEED = 20240229
@@ -66,37 +69,57 @@ def true_clip(split: str, seed: int, index: int) -> np.ndarray:
 # one job
 
 
-def run_task(task: Task) -> list[dict[str, Any]]:
-    """Render, judge and describe the scenes of a task (in a process of its own)."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One scene of a task."""
+
+    index: int
+    caption: str
+    truth: np.ndarray
+    """the clip that shows it: (3, T, H, W) uint8"""
+    wanted: dict[str, Any]
+    """what the detectors should see"""
+    settings: Sampling
+
+    def row(self, render: np.ndarray, **figures: Any) -> dict[str, Any]:
+        """What is kept of it."""
+        seen = detect.detect(render)
+        return {"index": self.index, "caption": self.caption, "wanted": self.wanted, "seen": seen, **figures}
+
+
+def asked(task: Task) -> Iterator[Asked]:
+    """The scenes of a task, in a process of its own with one thread."""
     import torch
 
-    from ..training.pictures import to_pixels
-    from ..vidgen_core.generate import Sampling, generate
+    from ..vidgen_core.generate import Sampling
 
     torch.set_num_threads(1)
-    bundle = bundle_of(task.model)
     settings = Sampling(**dict(task.sampling))
-    rows = []
     for index in task.indices:
         scene, caption = scene_and_caption(task.split, task.seed, index)
+        wanted = {name: getattr(scene, name) for name in detect.JUDGED}
+        own = replace(settings, seed=task.seed * 100_003 + index)
+        yield Asked(index, caption, shapes.render(scene), wanted, own)
+
+
+def run_task(task: Task) -> list[dict[str, Any]]:
+    """Render, judge and describe the scenes of a task (in a process of its own)."""
+    from ..training.pictures import to_pixels
+    from ..vidgen_core.generate import generate
+
+    bundle, rows = bundle_of(task.model), []
+    for one in asked(task):
         started = time.perf_counter()
-        video = generate(bundle, caption, settings=replace(settings, seed=task.seed * 100_003 + index))
+        video = generate(bundle, one.caption, settings=one.settings)
         seconds = time.perf_counter() - started
-        render = to_pixels(video[0])
-        truth = shapes.render(scene)
-        reconstruction = round_trip(bundle.codec, truth)
-        rows.append(
-            {
-                "index": index,
-                "caption": caption,
-                "wanted": {name: getattr(scene, name) for name in detect.JUDGED},
-                "seen": detect.detect(render),
-                "ceiling": detect.detect(reconstruction),
-                "psnr_db": psnr_db(reconstruction, truth),
-                "features": features(render).tolist(),
-                "seconds": seconds,
-            }
-        )
+        render, reconstruction = to_pixels(video[0]), round_trip(bundle.codec, one.truth)
+        figures = {
+            "ceiling": detect.detect(reconstruction),
+            "psnr_db": psnr_db(reconstruction, one.truth),
+            "features": features(render).tolist(),
+            "seconds": seconds,
+        }
+        rows.append(one.row(render, **figures))
     return rows
 
 

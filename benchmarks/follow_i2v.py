@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,14 @@ import numpy as np
 from ..training.data import detect
 from .follow import (
     Task,
+    asked,
     bundle_of,
     chunks_of,
     judged_rows,
     new_parser,
     psnr_db,
     round_trip,
-    scene_and_caption,
     tell,
-    true_clip,
     wilson,
 )
 
@@ -54,41 +53,30 @@ def run_task(task: ImageTask) -> list[dict[str, Any]]:
     import torch
 
     from ..training.pictures import to_pixels
-    from ..vidgen_core.generate import Sampling, generate
+    from ..vidgen_core.generate import generate
     from ..vidgen_core.keyframes import Keyframe
 
-    torch.set_num_threads(1)
-    bundle = bundle_of(task.model)
-    settings = Sampling(**dict(task.sampling))
-    rows = []
-    for index in task.indices:
-        scene, caption = scene_and_caption(task.split, task.seed, index)
-        truth = true_clip(task.split, task.seed, index)
-        given = truth[:, :1]
+    bundle, rows = bundle_of(task.model), []
+    for one in asked(task):
+        given = one.truth[:, :1]
         image = torch.from_numpy(given).permute(1, 0, 2, 3).float() / 127.5 - 1
         started = time.perf_counter()
         video = generate(
             bundle,
-            caption,
-            settings=replace(settings, seed=task.seed * 100_003 + index),
+            one.caption,
+            settings=one.settings,
             keyframes=[Keyframe(image=image)],
             method=task.method,
             mode=task.mode,
         )
         seconds = time.perf_counter() - started
         render = to_pixels(video[0])
-        seen = detect.detect(render)
-        rows.append(
-            {
-                "index": index,
-                "caption": caption,
-                "wanted": {name: getattr(scene, name) for name in detect.JUDGED},
-                "seen": seen,
-                "first_frame_psnr_db": psnr_db(render[:, :1], given),
-                "ceiling_psnr_db": psnr_db(round_trip(bundle.codec, truth)[:, :1], given),
-                "seconds": seconds,
-            }
-        )
+        figures = {
+            "first_frame_psnr_db": psnr_db(render[:, :1], given),
+            "ceiling_psnr_db": psnr_db(round_trip(bundle.codec, one.truth)[:, :1], given),
+            "seconds": seconds,
+        }
+        rows.append(one.row(render, **figures))
     return rows
 
 

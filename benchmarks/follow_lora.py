@@ -21,7 +21,16 @@ from typing import Any
 import numpy as np
 
 from ..training.data import detect, styles
-from .follow import Task, bundle_of, chunks_of, judged_rows, new_parser, scene_and_caption, tell, true_clip, wilson
+from .follow import (
+    Task,
+    asked,
+    bundle_of,
+    chunks_of,
+    judged_rows,
+    new_parser,
+    tell,
+    wilson,
+)
 
 LORA = "vidgen-tiny-hunyuan/night.safetensors"
 BAR_MOVED = 0.5
@@ -41,39 +50,28 @@ class LoraTask(Task):
 
 def run_task(task: LoraTask) -> list[dict[str, Any]]:
     """Render and judge the scenes of a task (in a process of its own)."""
-    import torch
-
     from ..training.pictures import to_pixels
-    from ..vidgen_core.generate import Sampling, generate
+    from ..vidgen_core.generate import generate
     from ..vidgen_core.memory.host import LocalHost
     from ..vidgen_core.weights.lora import read_lora
 
-    torch.set_num_threads(1)
     plain = bundle_of(task.model)
     lora = read_lora(LocalHost().find("lora", task.lora))
     styled = replace(plain, model=plain.model.with_lora(lora, task.strength))
-    settings = Sampling(**dict(task.sampling))
     rows = []
-    for index in task.indices:
-        scene, caption = scene_and_caption(task.split, task.seed, index)
-        own = replace(settings, seed=task.seed * 100_003 + index)
+    for one in asked(task):
         started = time.perf_counter()
-        without, render = (to_pixels(generate(bundle, caption, settings=own)[0]) for bundle in (plain, styled))
+        videos = [generate(bundle, one.caption, settings=one.settings) for bundle in (plain, styled)]
         seconds = (time.perf_counter() - started) / 2
-        truth = true_clip(task.split, task.seed, index)
-        rows.append(
-            {
-                "index": index,
-                "caption": caption,
-                "wanted": {name: getattr(scene, name) for name in detect.JUDGED},
-                "seen": detect.detect(render),
-                "light": styles.background_light(render),
-                "light_without": styles.background_light(without),
-                "true_light": styles.background_light(styles.STYLES[task.style](truth)),
-                "true_light_without": styles.background_light(truth),
-                "seconds": seconds,
-            }
-        )
+        without, render = (to_pixels(video[0]) for video in videos)
+        figures = {
+            "light": styles.background_light(render),
+            "light_without": styles.background_light(without),
+            "true_light": styles.background_light(styles.STYLES[task.style](one.truth)),
+            "true_light_without": styles.background_light(one.truth),
+            "seconds": seconds,
+        }
+        rows.append(one.row(render, **figures))
     return rows
 
 

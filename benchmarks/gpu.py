@@ -63,6 +63,8 @@ class Scale:
     budgets_gib: tuple[float, ...]
     """for weights on the card"""
     decode_budget_gib: float
+    folder: Path
+    """where pictures go"""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -71,7 +73,7 @@ class Scale:
         return torch.bfloat16
 
 
-def full_scale() -> Scale:
+def full_scale(folder: Path) -> Scale:
     """320x512x61, 544x960x129 and 720x1280x129 through the 13 B network, on the GPU."""
     from ..vidgen_core.families.hunyuan.config import T2V_720P, VAE_884_16C
 
@@ -87,10 +89,11 @@ def full_scale() -> Scale:
         tile_px=256,
         budgets_gib=(2.0, 6.0, 10.0),
         decode_budget_gib=24.0,
+        folder=folder,
     )
 
 
-def dry_scale() -> Scale:
+def dry_scale(folder: Path) -> Scale:
     """The same steps in a moment, on the CPU."""
     from .compare_hunyuan import TINY
 
@@ -107,6 +110,7 @@ def dry_scale() -> Scale:
         tile_px=32,
         budgets_gib=(16.0, 24.0, 32.0),
         decode_budget_gib=1.0,
+        folder=folder,
     )
 
 
@@ -405,6 +409,22 @@ def _streamed(scale: Scale, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return found
 
 
+def streamed_profile(scale: Scale) -> dict[str, Any]:
+    """Copies of blocks beside the computing of one step of the middle size, drawn; nothing stays on the card."""
+    import torch
+
+    from ..vidgen_core.model import load_network
+    from .streaming import PICTURE, draw_forward
+
+    with tempfile.TemporaryDirectory(prefix="vidgen-gpu-", dir=_roomy_folder()) as place:
+        path = Path(place) / "network.safetensors"
+        write_checkpoint(path, scale.network)
+        model = load_network(path, device=scale.device, stream=True)
+        (step,) = _steps(scale, model, scale.middle)
+        report = draw_forward(step, model, torch.device(scale.device), scale.folder)
+    return {"picture": PICTURE, **report}
+
+
 def _roomy_folder() -> Path | None:
     """Main memory where it is a folder, so that the disk is not what is measured."""
     shared = Path("/dev/shm")
@@ -523,6 +543,7 @@ ITEMS: Mapping[str, Item] = {
         *(streamed_from_pinned, 90, ".vidgen_core.memory.place"),
     ),
     "stream_file": Item("float8 blocks read from the file, 544x960x129", streamed_from_file, 60),
+    "stream_profile": Item("a picture of float8 blocks on their way, 544x960x129", streamed_profile, 60),
     "peer_720p": Item("diffusers' masked attention beside it, 720x1280x129", peer_of("long"), 150, "diffusers"),
     "step_cache": Item("steps skipped by a cache, with their error", None, needs=".vidgen_core.caching"),
     "cogvideox": Item("CogVideoX-5B", None, needs=".vidgen_core.families.cogvideox"),
@@ -583,7 +604,7 @@ def run_all(folder: Path, names: Sequence[str], *, dry: bool, minutes: float) ->
         "items": {},
     }
     write(folder, report)
-    scale = dry_scale() if dry else None
+    scale = dry_scale(folder) if dry else None
     for name in names:
         item, left = ITEMS[name], ends - time.monotonic()
         started = time.monotonic()
@@ -595,7 +616,7 @@ def run_all(folder: Path, names: Sequence[str], *, dry: bool, minutes: float) ->
         elif left < item.seconds:
             found = {"status": f"no time left: needs {item.seconds:.0f} s of {left:.0f}"}
         else:
-            command = [sys.executable, "-m", f"{__package__}.gpu", f"--once={name}"]
+            command = [sys.executable, "-m", f"{__package__}.gpu", f"--once={name}", str(folder)]
             found = run_apart(command, left)
         report["items"][name] = {"title": item.title, **found, "took_s": round(time.monotonic() - started, 1)}
         report["against_rate"] = against_rate(report["items"])
@@ -683,7 +704,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--once", choices=ITEMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.once is not None:
-        print(json.dumps(run_here(ITEMS[arguments.once], full_scale())))
+        print(json.dumps(run_here(ITEMS[arguments.once], full_scale(arguments.folder))))
         return
     import torch
 

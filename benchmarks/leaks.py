@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import Cancelled
 from ..vidgen_core.memory.host import LocalHost
+from .full_size import commit
 from .render import MIB, machine, status_bytes
 
 if TYPE_CHECKING:
@@ -196,8 +197,8 @@ def network_gap(side_latents: int) -> dict[str, float]:
     return gap_of(lambda: network(*inputs), network)
 
 
-def vae_gap(side_latents: int) -> dict[str, float]:
-    """One decode with the published VAE's sizes: 5 frames."""
+def vae_gaps(side_latents: int) -> dict[str, dict[str, float]]:
+    """With the published VAE's sizes: 5 frames are decoded, and 17 encoded, as a layer may take all frames at once."""
     import torch
 
     from ..vidgen_core.families.hunyuan.codec import HunyuanCodec
@@ -206,7 +207,11 @@ def vae_gap(side_latents: int) -> dict[str, float]:
 
     codec = HunyuanCodec(CausalVAE(CodecConfig()).eval())
     latents = torch.randn(1, 16, 2, side_latents, side_latents)
-    return gap_of(lambda: codec.decode(latents), codec)
+    video = torch.rand(1, 3, 17, 8 * side_latents, 8 * side_latents) * 2 - 1
+    return {
+        "vae": gap_of(lambda: codec.decode(latents), codec),
+        "vae_encode": gap_of(lambda: codec.encode(video), codec),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -246,13 +251,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
         "machine": machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
     report |= measure(arguments.renders, arguments.cancels, arguments.model)
     if arguments.gaps:
-        report["gaps"] = {"network": network_gap(arguments.side), "vae": vae_gap(arguments.tile)}
+        report["gaps"] = {"network": network_gap(arguments.side), **vae_gaps(arguments.tile)}
     print(table(report))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

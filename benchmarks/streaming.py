@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,11 @@ from .full_size import commit, tell, write_random
 from .render import machine, peak_bytes
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from ..vidgen_core.families.hunyuan.config import NetworkConfig
+    from ..vidgen_core.model import VideoModel
 
 BUDGET = "700MB"
 PROMPT = "a red star"
@@ -191,18 +195,23 @@ def profile(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             with torch.inference_mode():
                 model.predict(noise, torch.tensor(0.8), cond)
 
-        ask()  # the first one starts libraries
-        spans = gpu_spans(ask, folder) if device.type == "cuda" else cpu_spans(ask, model.network)
-    report = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "video_tokens": 2 * side * side // 4,
-        **overlap(spans),
-    }
+        drawn = draw_forward(ask, model, device, folder)
+    return {"video_tokens": 2 * side * side // 4, **drawn}
+
+
+def draw_forward(ask: Callable[[], object], model: VideoModel, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Draw what ``ask`` does, which runs a streamed network once, into ``folder``; the sums over its time line."""
+    import torch
+
+    ask()  # the first one starts libraries
+    spans = gpu_spans(ask, folder) if device.type == "cuda" else cpu_spans(ask, model.network)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    report = {"device": device_name, **overlap(spans)}
     draw(spans, folder / PICTURE, report)
     return report
 
 
-def cpu_spans(ask: Any, network: Any) -> list[Span]:
+def cpu_spans(ask: Callable[[], object], network: nn.Module) -> list[Span]:
     """What the stream of a network tells while it is asked once."""
     from ..vidgen_core.memory.stream import stream_of
 
@@ -216,7 +225,7 @@ def cpu_spans(ask: Any, network: Any) -> list[Span]:
     return [Span(lane, start - started, end - started) for lane, start, end in spans]
 
 
-def gpu_spans(ask: Any, folder: Path) -> list[Span]:
+def gpu_spans(ask: Callable[[], object], folder: Path) -> list[Span]:
     """Copies to the GPU and kernels on it, as torch's profiler saw them; its trace goes into ``folder`` as well."""
     import torch
     from torch.profiler import ProfilerActivity
@@ -244,14 +253,15 @@ def trace_spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
 
 
 def overlap(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds of bringing, of running, of both at once, of waiting, and which share of the bringing was hidden."""
+    """Seconds of bringing, of running, of both at once, and which share of the bringing was hidden; of waiting, where
+    somebody told of it: a trace of a GPU does not."""
     parts = {lane: _union([span for span in spans if span.lane == lane]) for lane in ("bring", "run", "wait")}
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in parts["bring"] for b in parts["run"])
     seconds = {lane: sum(end - start for start, end in own) for lane, own in parts.items()}
     return {
         "bring_s": round(seconds["bring"], 4),
         "run_s": round(seconds["run"], 4),
-        "wait_s": round(seconds["wait"], 4),
+        **({"wait_s": round(seconds["wait"], 4)} if parts["wait"] else {}),
         "both_s": round(both, 4),
         "hidden": round(both / seconds["bring"], 4) if seconds["bring"] else 1.0,
     }

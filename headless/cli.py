@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import Cancelled, FileError, MissingLibraryError, SettingsError, UserError
+from . import FILES
 from .stop import Stop
 from .team import Member, check_team, run_team
 
@@ -134,7 +135,9 @@ def _add_generate(commands: Any) -> None:
         help="a LoRA and how strongly it acts (default 1); may be given several times",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="compile the network's blocks: a slower first step, faster others"
+        "--compile",
+        action="store_true",
+        help="compile the network's blocks, for GPUs: a slower first step, faster others",
     )
     parser.add_argument(
         "--storage", help="how the network's weights lie in memory: auto, float8, float8 per row, int8, nf4, ..."
@@ -177,6 +180,13 @@ def _add_render(commands: Any) -> None:
     _add_batch(parser)
     _add_custom_nodes(parser)
     _add_budget(parser)
+    parser.add_argument(
+        "--input",
+        type=Path,
+        default=FILES / "input",
+        metavar="DIR",
+        help="where Load Image and the like find their files; with --server they are sent (default: ~/VidGen/input)",
+    )
     parser.add_argument("-o", "--output", type=Path, help="the video, or a folder for several (default: output/)")
     _add_common(parser)
     parser.set_defaults(command=_render)
@@ -259,9 +269,7 @@ def _add_serve(commands: Any) -> None:
         "--listen", default="127.0.0.1", metavar="ADDRESS", help="also for other machines; needs --token"
     )
     parser.add_argument("--token", help="a secret that every request must bring")
-    parser.add_argument(
-        "--folder", type=Path, default=Path.home() / "VidGen", help="with input, output and user (default: ~/VidGen)"
-    )
+    parser.add_argument("--folder", type=Path, default=FILES, help="with input, output and user (default: ~/VidGen)")
     parser.add_argument("--open", action="store_true", help="open the browser")
     parser.add_argument("--api-only", action="store_true", help="without the page")
     _add_custom_nodes(parser)
@@ -362,6 +370,7 @@ def _rendering(
             stop=arguments.stop,
             device=arguments.device,
             folders=model_folders(arguments.models),
+            input_folder=getattr(arguments, "input", None),
             quiet=arguments.quiet,
             plan=plan,
             scratch=getattr(arguments, "scratch", None),
@@ -412,10 +421,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     """``vidgen plan``: 1 where the video does not fit."""
     import torch
 
-    from .. import NODE_CLASS_MAPPINGS
     from ..vidgen_core.memory.host import default_device
     from ..vidgen_core.memory.place import parse_bytes
     from ..vidgen_core.memory.plan import calibrate, known_rates
+    from .custom_nodes import own_packs
     from .plan import plan_dict, plan_prompt
     from .render import check_device, load_prompt, override
 
@@ -428,7 +437,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         rates = {name: getattr(known_rates(device), name) for name in known_rates(device).__dataclass_fields__}
         sys.stdout.write(json.dumps(rates, indent=2) + "\n")
         return 0
-    prompt = override(load_prompt(arguments.file, NODE_CLASS_MAPPINGS), NODE_CLASS_MAPPINGS, arguments.set)
+    classes = own_packs().classes
+    prompt = override(load_prompt(arguments.file, classes), classes, arguments.set)
     budget = None if arguments.budget is None else parse_bytes(arguments.budget)
     options = {"budget_bytes": budget, "device": str(device), "folders": model_folders(arguments.models)}
     if arguments.json:

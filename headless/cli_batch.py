@@ -36,7 +36,7 @@ def render_batch(arguments: argparse.Namespace, folders: Sequence[Path], tell: T
     if arguments.server is not None:
         from .remote import connect, parse_servers
 
-        workers, classes = connect(parse_servers(arguments.server), arguments.stop)
+        workers, classes = connect(parse_servers(arguments.server), arguments.stop, arguments.input)
     else:
         packs = load_packs(arguments.custom_nodes, own_packs())
         packs.tell_problems()
@@ -88,7 +88,7 @@ def _checks(
     """Raises UserError for a prompt that cannot run: asked of every one before the first is rendered."""
     from ..nodes import host as hosts
 
-    host = hosts.LocalNodeHost(folders=folders)
+    host = hosts.LocalNodeHost(folders=folders, input_folder=arguments.input)
 
     def checks(prompt: Prompt) -> None:
         with hosts.using(host):
@@ -120,13 +120,23 @@ def _workers(
 
         device = check_device(arguments.device)
         plan_of = None if arguments.budget is None else lambda prompt: _plan(arguments, folders, prompt)
-        return [LocalWorker(classes=classes, stop=arguments.stop, device=device, folders=folders, plan_of=plan_of)]
+        return [
+            LocalWorker(
+                classes=classes,
+                stop=arguments.stop,
+                device=device,
+                folders=folders,
+                input_folder=arguments.input,
+                plan_of=plan_of,
+            )
+        ]
     from .. import __version__
     from .on_ray import ActorSettings, cluster, workers_of
 
     settings = ActorSettings(
         device=arguments.device,
         folders=[folder.resolve() for folder in folders],
+        input_folder=arguments.input.resolve(),
         custom_nodes=[place.resolve() for place in arguments.custom_nodes],
         working_folder=Path.cwd(),
         version=__version__,

@@ -47,11 +47,12 @@ class Packs:
 
 
 def own_packs() -> Packs:
-    """This pack's own nodes, before any others."""
+    """This pack's own nodes, and those of ComfyUI's that ordinary graphs need, before any others."""
     from .. import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .core_nodes import NODES, TITLES
 
-    modules = dict.fromkeys(NODE_CLASS_MAPPINGS, f"custom_nodes.{PACK_ID}")
-    return Packs(dict(NODE_CLASS_MAPPINGS), dict(NODE_DISPLAY_NAME_MAPPINGS), modules)
+    modules = dict.fromkeys(NODE_CLASS_MAPPINGS, f"custom_nodes.{PACK_ID}") | dict.fromkeys(NODES, "nodes")
+    return Packs({**NODE_CLASS_MAPPINGS, **NODES}, {**NODE_DISPLAY_NAME_MAPPINGS, **TITLES}, modules)
 
 
 def load_packs(places: Sequence[Path], known: Packs) -> Packs:

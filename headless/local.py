@@ -27,6 +27,7 @@ class LocalWorker:
         classes: node types.
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
+        input_folder: whose files ComfyUI's own loaders name.
         plan_of: the plan that each prompt keeps to. Then nothing stays loaded: it would count against the budget.
     """
 
@@ -34,6 +35,7 @@ class LocalWorker:
     stop: Stop
     device: str | None = None
     folders: Sequence[Path] = ()
+    input_folder: Path | None = None
     plan_of: Callable[[Prompt], Any] | None = None
     name: str = "this process"
     _cache: Cache | None = None
@@ -50,6 +52,7 @@ class LocalWorker:
                 stop=self.stop,
                 device=self.device,
                 folders=self.folders,
+                input_folder=self.input_folder,
                 quiet=True,
                 plan=None if self.plan_of is None else self.plan_of(job.prompt),
                 tell=tell,

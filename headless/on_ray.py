@@ -38,6 +38,7 @@ class ActorSettings:
 
     device: str | None
     folders: Sequence[Path]
+    input_folder: Path | None = None
     custom_nodes: Sequence[Path]
     working_folder: Path
     """where names in the prompts begin, if the machine has it"""
@@ -55,8 +56,13 @@ class Renderer:
         if settings.working_folder.is_dir():
             os.chdir(settings.working_folder)
         packs = load_packs(settings.custom_nodes, own_packs())
-        device, folders = settings.device, settings.folders
-        self.worker = LocalWorker(classes=packs.classes, stop=Stop(), device=device, folders=folders)
+        self.worker = LocalWorker(
+            classes=packs.classes,
+            stop=Stop(),
+            device=settings.device,
+            folders=settings.folders,
+            input_folder=settings.input_folder,
+        )
 
     def ready(self) -> bool:
         """Answered as soon as the actor has begun."""

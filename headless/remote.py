@@ -1,17 +1,20 @@
 """A worker of a batch that is a running server: ComfyUI, or ``vidgen serve``, through the API that both have.
 
-A prompt goes to ``POST /prompt``, its progress comes over the WebSocket, what became of it stands in ``/history``, and
-its files come from ``/view``. The WebSocket is only for news: where it is cut, the history still knows.
+Files that a prompt names are sent first, if they lie in the input folder here: ``POST /upload/image`` takes any kind.
+The prompt goes to ``POST /prompt``, its progress comes over the WebSocket, what became of it stands in ``/history``,
+and its files come from ``/view``. The WebSocket is only for news: where it is cut, the history still knows.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
+import hashlib
 import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
@@ -22,12 +25,12 @@ from urllib.parse import parse_qs, quote, urlsplit
 from ..vidgen_core.errors import Cancelled, FileError, MissingLibraryError, SettingsError
 from .batch import Job, JobFailed, WorkerLost
 from .events import Tell
-from .executor import Classes, Prompt
+from .executor import Classes, Prompt, input_specs
 from .graph import to_ui
 from .stop import Stop
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession, ClientWebSocketResponse
+    from aiohttp import ClientResponse, ClientSession, ClientWebSocketResponse, FormData
 
 ANSWER_S = 30.0
 """how long a server may take for a small answer"""
@@ -81,8 +84,13 @@ def parse_servers(text: str) -> list[Address]:
     return found
 
 
-def connect(addresses: Sequence[Address], stop: Stop) -> tuple[list[ServerWorker], dict[str, type]]:
+def connect(
+    addresses: Sequence[Address], stop: Stop, input_folder: Path | None = None
+) -> tuple[list[ServerWorker], dict[str, type]]:
     """A worker for each server, all of which answer, and stand-ins for the node types of the first one.
+
+    Args:
+        input_folder: whose files are sent to the servers where prompts name them.
 
     Raises:
         MissingLibraryError: aiohttp is not installed.
@@ -96,7 +104,7 @@ def connect(addresses: Sequence[Address], stop: Stop) -> tuple[list[ServerWorker
         ) from error
     declared = [asyncio.run(_declared(address)) for address in addresses]
     classes = stand_ins(declared[0])
-    return [ServerWorker(address, stop, classes) for address in addresses], classes
+    return [ServerWorker(address, stop, classes, input_folder) for address in addresses], classes
 
 
 async def _declared(address: Address) -> Mapping[str, Any]:
@@ -134,6 +142,12 @@ class _Api:
 
     def post(self, path: str, body: Mapping[str, Any]) -> AbstractAsyncContextManager[ClientResponse]:
         return self.session.post(self.url + path, json=body)
+
+    def head(self, path: str, query: Mapping[str, str]) -> AbstractAsyncContextManager[ClientResponse]:
+        return self.session.head(self.url + path, params=query)
+
+    def send(self, path: str, form: FormData) -> AbstractAsyncContextManager[ClientResponse]:
+        return self.session.post(self.url + path, data=form)
 
     def listen(self, client_id: str) -> AbstractAsyncContextManager[ClientWebSocketResponse]:
         return self.session.ws_connect(f"{self.url}/ws?clientId={client_id}", heartbeat=ANSWER_S, max_msg_size=0)
@@ -223,6 +237,8 @@ class ServerWorker:
     stop: Stop
     classes: Classes
     """of the server"""
+    input_folder: Path | None = None
+    """whose files are sent where a prompt names them"""
     is_closed: bool = False
 
     @property
@@ -263,7 +279,8 @@ class ServerWorker:
         client_id = uuid.uuid4().hex
         async with _api(self.address) as api:
             async with api.listen(client_id) as socket:
-                prompt_id = await self._send(api, job, client_id)
+                prompt = await self._unless_stopped(self._with_files(api, job.prompt))
+                prompt_id = await self._send(api, prompt, client_id)
                 news: asyncio.Queue[str] = asyncio.Queue()
                 reader = asyncio.create_task(_read(socket, news))
                 try:
@@ -276,14 +293,31 @@ class ServerWorker:
             _check_success(record)
             return await _fetch(api, record, folder)
 
-    async def _send(self, api: _Api, job: Job, client_id: str) -> str:
-        extra = {"extra_pnginfo": {"workflow": to_ui(job.prompt, self.classes)}}
-        async with api.post("/prompt", {"prompt": job.prompt, "client_id": client_id, "extra_data": extra}) as answer:
+    async def _unless_stopped(self, work: Coroutine[Any, Any, Prompt]) -> Prompt:
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
+                if self.stop.event.is_set():
+                    raise Cancelled("stopped by the user")
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _with_files(self, api: _Api, prompt: Prompt) -> Prompt:
+        """The prompt with the server's names for the files of the input folder, which the server has then."""
+        sent = copy.deepcopy({node_id: dict(node) for node_id, node in prompt.items()})
+        for node_id, name, path in named_files(prompt, self.classes, self.input_folder):
+            sent[node_id]["inputs"][name] = await _sent(api, path)
+        return sent
+
+    async def _send(self, api: _Api, prompt: Prompt, client_id: str) -> str:
+        extra = {"extra_pnginfo": {"workflow": to_ui(prompt, self.classes)}}
+        async with api.post("/prompt", {"prompt": prompt, "client_id": client_id, "extra_data": extra}) as answer:
             if answer.status == _FULL or answer.status >= 500:
                 raise WorkerLost(f"it answers {answer.status} to a prompt")
             said = await _json(answer)
         if answer.status != 200 or said.get("node_errors"):
-            raise JobFailed(_refusal(said, job.prompt) or f"the server answers {answer.status}")
+            raise JobFailed(_refusal(said, prompt) or f"the server answers {answer.status}")
         return str(said.get("prompt_id"))
 
     async def _finished(self, api: _Api, news: asyncio.Queue[str], prompt_id: str, tell: Tell) -> Mapping[str, Any]:
@@ -307,6 +341,75 @@ class ServerWorker:
                     return record
                 if not is_queued:
                     raise WorkerLost("it has forgotten the prompt")
+
+
+# --- files that a prompt reads ----------------------------------------------------------------------------------------
+
+UPLOADED = "vidgen"
+"""the folder for them in a server's input folder"""
+_DIGITS = 32
+"""of a digest in a name"""
+
+
+def named_files(prompt: Prompt, classes: Classes, folder: Path | None) -> Iterator[tuple[str, str, Path]]:
+    """(node id, input, file) of each input that is for an uploaded file and names one in ``folder``.
+
+    A name is relative to the folder, or a whole path that lies in it: a workflow of strangers sends nothing else away.
+    """
+    from ..nodes.host import INPUT_MARK, file_below
+
+    if folder is None:
+        return
+    for node_id, node in prompt.items():
+        for name, _, options, _ in input_specs(classes[node["class_type"]]):
+            value = node.get("inputs", {}).get(name)
+            if isinstance(value, str) and any(options.get(upload) for upload in _UPLOADS):
+                path = file_below(folder, value.removesuffix(INPUT_MARK))
+                if path is not None:
+                    yield node_id, name, path
+
+
+async def _sent(api: _Api, path: Path) -> str:
+    """The server's name of a file that it has now. It is a digest: what is there already is not sent again."""
+    import aiohttp
+
+    try:
+        digest, size = _digest(path)
+        file = path.open("rb")
+    except OSError as error:
+        raise JobFailed(f"{path} cannot be read ({error.strerror})") from error
+    name = digest[:_DIGITS] + (path.suffix.lower() if _SUFFIX.fullmatch(path.suffix) else "")
+    with file:
+        if await _has(api, name, size):
+            return f"{UPLOADED}/{name}"
+        form = aiohttp.FormData({"type": "input", "subfolder": UPLOADED})
+        form.add_field("image", file, filename=name, content_type="application/octet-stream")
+        async with api.send("/upload/image", form) as answer:
+            if answer.status == _FULL or answer.status >= 500:
+                raise WorkerLost(f"it answers {answer.status} to a file")
+            said = await _json(answer)
+            if answer.status != 200:
+                raise JobFailed(f"the server does not take {path.name}: {_refusal(said, {}) or answer.status}")
+    return f"{said['subfolder']}/{said['name']}" if said.get("subfolder") else str(said.get("name", name))
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    """(SHA-256, bytes) of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
+
+
+async def _has(api: _Api, name: str, size: int) -> bool:
+    query = {"filename": name, "subfolder": UPLOADED, "type": "input"}
+    async with api.head("/view", query) as answer:
+        return answer.status == 200 and answer.headers.get("Content-Length") == str(size)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
 
 
 async def _read(socket: ClientWebSocketResponse, news: asyncio.Queue[str]) -> None:

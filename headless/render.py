@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import Cancelled, FileError, SettingsError
+from . import FILES
 from .events import Tell
 from .executor import Cache, Event, NodeError, Prompt, as_link, check, check_shape, describe, execute, input_specs
 from .graph import About, to_ui
@@ -181,13 +182,14 @@ def render_workflow(
     output: str | Path | None = None,
     device: str | None = None,
     models: Sequence[str | Path] = (),
+    input_folder: str | Path | None = None,
     quiet: bool = True,
     values: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """What ``vidgen.render`` does; see there."""
-    from .. import NODE_CLASS_MAPPINGS
+    from .custom_nodes import own_packs
 
-    classes: Mapping[str, type] = NODE_CLASS_MAPPINGS
+    classes: Mapping[str, type] = own_packs().classes
 
     if isinstance(workflow, str | Path):
         known = WORKFLOWS / "api" / f"{workflow}.json"
@@ -203,6 +205,7 @@ def render_workflow(
         stop=Stop(),
         device=device,
         folders=[Path(folder) for folder in models],
+        input_folder=FILES / "input" if input_folder is None else Path(input_folder),
         quiet=quiet,
     )
 
@@ -236,6 +239,7 @@ def render(
     stop: Stop,
     device: str | None = None,
     folders: Sequence[Path] = (),
+    input_folder: Path | None = None,
     quiet: bool = False,
     plan: Any = None,
     scratch: Path | None = None,
@@ -251,6 +255,7 @@ def render(
         stop: listening already; asked between nodes and, through the host, within them.
         device: None takes a GPU if there is one.
         folders: where to look for models besides the bundled ones.
+        input_folder: whose files ComfyUI's own loaders name.
         plan: a ``memory.plan.Plan`` to keep to; None decides as it goes.
         scratch: where large temporary files lie; None is beside the output.
         member: this process's place among those that render together. Only the first of them gets past the sampler.
@@ -268,7 +273,9 @@ def render(
 
     leads = member is None or member.rank == 0
     run_on = check_device(device) if member is None else member.device(device)
-    host = hosts.LocalNodeHost(run_on=run_on, folders=folders, cancelled=stop.event, scratch=scratch)
+    host = hosts.LocalNodeHost(
+        run_on=run_on, folders=folders, cancelled=stop.event, scratch=scratch, input_folder=input_folder
+    )
     if output is None or output.is_dir():
         host.output_folder = output or host.output_folder
     else:

@@ -12,8 +12,8 @@ MODES = ["default", "max-autotune-no-cudagraphs"]
 class Compile:
     CATEGORY = f"{CATEGORY}/loaders"
     DESCRIPTION = (
-        "Compiles the blocks of a network with torch.compile: the first step takes longer, the others less. Where that "
-        "is not possible, the network runs as it is and the log says why."
+        "Compiles the blocks of a network with torch.compile, for GPUs: the first step takes longer, the others less. "
+        "Where that is not possible, the network runs as it is and the log says why."
     )
     SEARCH_ALIASES = ["torch compile", "inductor", "speed", "optimise"]
     RETURN_TYPES = (MODEL,)

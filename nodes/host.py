@@ -201,6 +201,22 @@ def _file_in(folder: Path, name: str) -> Path | None:
     return next((path for path in folder.glob("*") if path.name == name and path.is_file()), None)
 
 
+def files_below(folder: Path, endings: Collection[str]) -> list[str]:
+    """Names of the files with one of these endings, with ``/`` between folders."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in endings)
+
+
+def file_below(folder: Path, name: str) -> Path | None:
+    """A file in ``folder`` or in the folders in it; None for a name that leads elsewhere, also through a link."""
+    parts, root = Path(name.replace("\\", "/")), folder.resolve()
+    # A name too long for the file system, or with a zero in it, names no file either.
+    with suppress(OSError, ValueError):
+        path = (root / parts).resolve()
+        if ".." not in parts.parts and path.is_relative_to(root) and path.is_file():
+            return path
+    return None
+
+
 def known_folder(host: NodeHost, name: str) -> Path:
     """A folder of ``host.model_folders()``; FileError with the names that exist."""
     folders = host.model_folders()
@@ -229,8 +245,8 @@ def known_subfolder(roots: Sequence[Path], name: str) -> Path:
     )
 
 
-OUTPUT_MARK = " [output]"
-"""ComfyUI's mark of a file in the output folder"""
+INPUT_MARK, OUTPUT_MARK = " [input]", " [output]"
+"""ComfyUI's marks of a file in the input folder, which may be left out, and in the output folder"""
 
 
 def embeddings_in(folders: Sequence[Path], output: Path) -> dict[str, Path]:
@@ -281,6 +297,8 @@ def numbered(folder: Path, stem: str, suffix: str) -> Path:
 class LocalNodeHost(LocalHost):
     """Plain Python and the command line: files are named by path, videos go to a folder or to one exact file."""
 
+    input_folder: Path | None = None
+    """what :meth:`find_upload` knows, and what is no path is looked for in"""
     output_folder: Path = Path("output")
     output_file: Path | None = None
     """the first video saved goes here; more of them get ``_2``, ``_3``, ... before the ending"""
@@ -306,13 +324,30 @@ class LocalNodeHost(LocalHost):
         return path if path.is_dir() else known_folder(self, name)
 
     def inputs(self, endings: Collection[str]) -> list[str]:
-        return example_names(endings)
+        own = [] if self.input_folder is None else files_below(self.input_folder, endings)
+        return own + [name for name in example_names(endings) if name not in own]
 
     def find_input(self, name: str) -> Path:
         path = Path(name).expanduser()
-        found = path if path.is_file() else find_example(name)
+        return path if path.is_file() else self.find_upload(name)
+
+    def find_upload(self, name: str) -> Path:
+        """A file of the input folder by its name in it, as ComfyUI's own loaders have it; no path leads out of there.
+
+        Raises:
+            FileError: there is none.
+        """
+        is_made = name.endswith(OUTPUT_MARK)
+        folder = self._output_root() if is_made else self.input_folder
+        plain = name.removesuffix(OUTPUT_MARK if is_made else INPUT_MARK)
+        found = None if folder is None else file_below(folder, plain)
+        found = found or find_example(plain)
         if found is None:
-            raise FileError("There is no such file", given=name, expected="a path to a video or an image")
+            raise FileError(
+                "There is no such file",
+                given=name,
+                expected="a path to a file" if folder is None else f"the name of a file in {folder}",
+            )
         return found
 
     def ending(self, chosen: str) -> str:
@@ -321,15 +356,21 @@ class LocalNodeHost(LocalHost):
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         subfolder = ""
         if self.output_file is None:
-            folder, stem = self.output_folder / Path(prefix).parent, Path(prefix).name or "VidGen"
-            make_folder(folder)
-            path, subfolder = numbered(folder, stem, suffix), Path(prefix).parent.as_posix().removeprefix(".")
-        elif not self.saved:
-            path = self.output_file
+            place = inside(self.output_folder, prefix or "VidGen")
+            make_folder(place.parent)
+            path, subfolder = numbered(place.parent, place.name, suffix), Path(prefix).parent.as_posix()
         else:
-            path = self.output_file.with_name(f"{self.output_file.stem}_{len(self.saved) + 1}{self.output_file.suffix}")
+            first, kind = self.output_file, suffix.lower()
+            if kind != first.suffix.lower():  # pictures beside a video
+                first = first.with_suffix(suffix)
+            number = 1 + sum(path.suffix.lower() == kind for path in self.saved)
+            path = first if number == 1 else first.with_name(f"{first.stem}_{number}{first.suffix}")
         self.saved.append(path)
-        return path, subfolder
+        return path, subfolder.removeprefix(".")
+
+    def preview_path(self, prefix: str, suffix: str) -> tuple[Path, str] | None:
+        """As :meth:`output_path`, for what goes when the host does; None where nobody would see it."""
+        return None
 
     def text_folders(self) -> list[Path]:
         return [root / folder for root in self.folders for folder in folders_of("text")]
@@ -347,10 +388,10 @@ class LocalNodeHost(LocalHost):
         return path if path.is_file() else known_embeddings(self, name)
 
     def embeddings_path(self, prefix: str) -> tuple[Path, str]:
-        place = inside(self._output_root(), prefix)
+        place = inside(self._output_root(), prefix or "VidGen")
         make_folder(place.parent)
         subfolder = Path(prefix).parent.as_posix().removeprefix(".")
-        return numbered(place.parent, place.name or "VidGen", ".safetensors"), subfolder
+        return numbered(place.parent, place.name, ".safetensors"), subfolder
 
     def _output_root(self) -> Path:
         return self.output_folder if self.output_file is None else self.output_file.parent
@@ -394,7 +435,7 @@ class LocalNodeHost(LocalHost):
 def inside(root: Path, prefix: str) -> Path:
     """``root / prefix``; FileError where that leads out of the folder."""
     place = root / prefix.replace("\\", "/")
-    if not place.resolve().is_relative_to(root.resolve()) or ".." in Path(prefix).parts:
+    if root.resolve() not in place.resolve().parents or ".." in place.parts[len(root.parts) :]:
         raise FileError(
             "The file would lie outside of the output folder",
             given=prefix,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .sampling import AUTO, choices, condition, number
+from .sampling import AUTO, Sampler, condition, number
 from .wires import CATEGORY, COND, MODEL, EncodedPrompt, Latent, check_latents, video_samples
 
 CUSTOM = "custom"
@@ -109,17 +109,18 @@ class CalibrateCache:
         tooltips = {
             "steps": "Steps of the measured run; 0: the checkpoint's. The curve serves other numbers, too.",
             "cfg": "As the videos will be made: with guidance both branches are measured. 0: the checkpoint's.",
+            "shift": "As the videos will be made. 0: the checkpoint's.",
+            "schedule": "How the steps are spread.",
         }
+        sampler = Sampler.INPUT_TYPES()["required"]
+        widgets = {name: (sampler[name][0], sampler[name][1] | {"tooltip": tip}) for name, tip in tooltips.items()}
         return {
             "required": {
                 "model": (MODEL, {"tooltip": "The network; a step cache on it is not used here."}),
                 "positive": (COND, {"tooltip": "Any prompt of the kind that will be used."}),
                 "latent": ("LATENT", {"tooltip": "Size and length of the measured run; a small one will do."}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "tooltip": "Of the measured run."}),
-                "steps": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": tooltips["steps"]}),
-                "cfg": number(0.0, tooltips["cfg"], high=100.0),
-                "shift": number(0.0, "As the videos will be made. 0: the checkpoint's.", high=100.0),
-                "schedule": (choices("schedule"), {"default": AUTO, "tooltip": "How the steps are spread."}),
+                **widgets,
             },
             "optional": {"negative": (COND, {"tooltip": "Needed where cfg is not 1."})},
         }

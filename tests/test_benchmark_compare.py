@@ -238,13 +238,18 @@ def test_the_gpu_list_runs_dry(tmp_path: Path) -> None:
     assert {name for name in always if statuses[name] != "done"} == set()
     assert report["items"]["peer_540p"]["difference"] < BF16_ROUNDING
     assert report["items"]["stream_file"]["streamed"]["difference"] == 0
+    drawn = report["items"]["stream_profile"]
+    assert (folder / drawn["picture"]).read_bytes()[:4] == b"\x89PNG"
+    assert drawn["device"] == "cpu"
+    assert drawn["bring_s"] > 0
+    assert 0 <= drawn["hidden"] <= 1
     table = (folder / "gpu.md").read_text()
     assert all(item.title in table for item in gpu.ITEMS.values())
 
 
 def test_flops_of_a_published_step() -> None:
     """720x1280x129 with 256 text tokens: 1.618 PFLOP of linear layers and 10.45 of attention."""
-    scale = gpu.full_scale()
+    scale = gpu.full_scale(Path())
     video = gpu.num_tokens(scale.network, scale.long)
     assert video == 118_800
     flops = gpu.step_flops(scale.network, video, 256)

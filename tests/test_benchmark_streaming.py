@@ -32,6 +32,8 @@ def test_a_profile_is_drawn(tmp_path: Path) -> None:
     report = streaming.profile(tmp_path / "pictures", arguments)
     assert report["run_s"] > 0
     assert report["bring_s"] > 0
+    assert report["wait_s"] >= 0
+    assert report["both_s"] <= min(report["run_s"], report["bring_s"])
     assert 0 <= report["hidden"] <= 1
     assert (tmp_path / "pictures" / streaming.PICTURE).read_bytes()[:4] == b"\x89PNG"
 
@@ -46,7 +48,7 @@ def test_overlap_counts_nothing_twice() -> None:
         Span("bring", 6, 7),
     ]
     assert streaming.overlap(spans) == {"bring_s": 4, "run_s": 2, "wait_s": 9, "both_s": 1, "hidden": 0.25}
-    assert streaming.overlap([])["hidden"] == 1
+    assert streaming.overlap([]) == {"bring_s": 0, "run_s": 0, "both_s": 0, "hidden": 1}  # nobody told of waiting
 
 
 def test_a_trace_of_a_gpu_is_read() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,24 @@ def test_few_frames_at_a_time_change_nothing(
         assert relative_error(vae.encode(video)[0], mean) <= SAME_ARITHMETIC
         assert relative_error(vae.encode(video)[1], logvar) <= SAME_ARITHMETIC
         assert relative_error(vae.decode(mean), decoded) <= 10 * SAME_ARITHMETIC
+
+
+def test_a_stop_is_heard_within_every_large_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever listens is asked when a convolution is called: none takes all frames in one call where they are many."""
+    torch.manual_seed(0)
+    vae, calls = CausalVAE(TINY), Counter[str]()
+    for name, module in vae.named_modules():
+        if isinstance(module, torch.nn.Conv3d) and module.kernel_size == (3, 3, 3) and "conv_in" not in name:
+            module.register_forward_pre_hook(lambda module, inputs, name=name: calls.update([name]))
+    monkeypatch.setattr("vidgen.vidgen_core.families.hunyuan.vae.PART_OPERATIONS", 1)
+    with torch.no_grad():
+        mean, _ = vae.encode(torch.rand(1, 3, 9, 16, 16))
+        vae.decode(mean)
+    assert {
+        "encoder.down_blocks.0.downsamplers.0.conv.conv",
+        "decoder.up_blocks.0.upsamplers.0.conv.conv",
+    } <= calls.keys()
+    assert min(calls.values()) > 1
 
 
 def test_few_frames_at_a_time_round_as_whole_videos_do(monkeypatch: pytest.MonkeyPatch) -> None:

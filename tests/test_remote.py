@@ -15,17 +15,22 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from PIL import Image
 
 from vidgen.headless import remote
 from vidgen.headless.batch import Job, JobFailed, Results, WorkerLost, run_batch
 from vidgen.headless.cli import main
+from vidgen.headless.custom_nodes import own_packs
 from vidgen.headless.executor import PromptError, check
-from vidgen.headless.remote import Address, ServerWorker, connect, parse_servers, stand_ins
+from vidgen.headless.remote import Address, ServerWorker, connect, named_files, parse_servers, stand_ins
 from vidgen.headless.stop import Stop
+from vidgen.nodes.host import LocalNodeHost, using
 from vidgen.vidgen_core.errors import Cancelled, SettingsError
+from vidgen.vidgen_core.media import read_metadata
 
 sys.path.insert(0, str(Path(__file__).parent))
 import batch_work as work
+from serving import node, running
 
 Told = list[tuple[str, dict[str, Any]]]
 START = "import sys; from vidgen.headless.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -100,6 +105,112 @@ def test_a_server_that_does_not_answer_is_an_error(tmp_path: Path, capsys: pytes
     flow.write_text(json.dumps(work.workflow()))
     assert main(["render", str(flow), "--server", "http://127.0.0.1:9", "-o", str(tmp_path)]) == 1
     assert "The server does not answer" in capsys.readouterr().err
+
+
+# --- files that prompts name ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """``red.png``, the same once more in a folder, and a blue one under a name that servers would not take."""
+    folder = tmp_path / "inputs"
+    (folder / "sub").mkdir(parents=True)
+    for name, colour in (("red.png", "red"), ("sub/again.png", "red"), ("b\u00e4 <1>.PNG", "blue")):
+        Image.new("RGB", (32, 16), colour).save(folder / name)
+    (tmp_path / "secret.png").write_bytes((folder / "red.png").read_bytes())
+    return folder
+
+
+def saving(*names: str) -> dict[str, Any]:
+    """A workflow that saves these pictures again."""
+    loaders = {str(n): node("LoadImage", image=name) for n, name in enumerate(names, 1)}
+    savers = {f"{n}0": node("SaveImage", images=[n, 0], filename_prefix=f"p{n}") for n in loaders}
+    return {**loaders, **savers}
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is uploaded to servers of this process, by the name that was asked for."""
+    from vidgen.headless.server import uploads
+
+    keep, names = uploads.keep, []
+
+    async def noted(form: Any, places: Any) -> dict[str, str]:
+        names.append(form.name)
+        return await keep(form, places)
+
+    monkeypatch.setattr(uploads, "keep", noted)
+    return names
+
+
+def test_named_files_are_sent_once_and_come_back_rendered(
+    inputs: Path, uploads: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow = tmp_path / "flow.json"
+    flow.write_text(json.dumps(saving("red.png", "sub/again.png [input]", "b\u00e4 <1>.PNG", "vidgen-black.png")))
+    with running(tmp_path / "server") as server:
+        url = f"http://127.0.0.1:{server.port}"
+        (server.server.places.folder("input") / "red.png").write_bytes((inputs / "b\u00e4 <1>.PNG").read_bytes())
+        for number in (1, 2):
+            out = tmp_path / f"out{number}"
+            out.mkdir()
+            assert main(["render", str(flow), "--server", url, "--input", str(inputs), "-o", str(out), "-q"]) == 0
+            found = sorted(out.iterdir())
+            assert [Image.open(path).getpixel((0, 0)) for path in found[:3]] == [(255, 0, 0), (255, 0, 0), (0, 0, 255)]
+            assert len(found) == 4  # the example was there already
+        kept = sorted(path.name for path in (server.server.places.folder("input") / "vidgen").iterdir())
+    assert sorted(uploads) == kept  # one for each content, in the first of two renders
+    assert len(kept) == 2
+    prompt = json.loads(read_metadata(found[0])["prompt"])
+    assert {prompt[n]["inputs"]["image"] for n in "123"} == {f"vidgen/{name}" for name in kept}
+    assert prompt["4"]["inputs"]["image"] == "vidgen-black.png"
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_else_is_sent(inputs: Path, uploads: list[str], tmp_path: Path) -> None:
+    """Paths of a stranger's workflow; but a whole path is good where it lies in the folder."""
+    (inputs / "link.png").symlink_to(tmp_path / "secret.png")
+    classes = own_packs().classes
+    outside = saving("../secret.png", str(tmp_path / "secret.png"), "link.png", "red.png [output]", "nothing.png")
+    with using(LocalNodeHost()):
+        assert list(named_files(outside, classes, inputs)) == []
+        assert list(named_files(saving("red.png"), classes, None)) == []
+        inside = saving(str(inputs / "red.png"), "sub\\again.png")
+        assert [path.name for _, _, path in named_files(inside, classes, inputs)] == ["red.png", "again.png"]
+    with running(tmp_path / "server") as server:
+        worker = ServerWorker(Address(f"http://127.0.0.1:{server.port}"), Stop(), classes, inputs)
+        with using(LocalNodeHost()), pytest.raises(JobFailed, match="cannot be used in the input folder"):
+            worker.render(Job(name="a", prompt=saving("../secret.png")), tmp_path, lambda event, about: None)
+    assert uploads == []
+
+
+def test_a_file_that_the_server_refuses_fails_its_prompt(inputs: Path, tmp_path: Path) -> None:
+    (inputs / "words.png").write_text("no picture")
+    with running(tmp_path / "server") as server:
+        worker = ServerWorker(Address(f"http://127.0.0.1:{server.port}"), Stop(), own_packs().classes, inputs)
+        job = Job(name="a", prompt=saving("words.png"))
+        with (
+            using(LocalNodeHost()),
+            pytest.raises(JobFailed, match=r"does not take words\.png: The file is no picture"),
+        ):
+            worker.render(job, tmp_path, lambda event, about: None)
+
+
+def test_a_stop_is_heard_while_files_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_LOOK_S", 0.05)
+    stop, ended = Stop(), []
+    stop.event.set()
+
+    async def sending() -> Any:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    worker = ServerWorker(Address("http://127.0.0.1:9"), stop, {})
+    with pytest.raises(Cancelled):
+        asyncio.run(worker._unless_stopped(sending()))
+    assert ended == [True]
 
 
 # --- addresses and stand-ins ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...nodes.host import (
     LocalNodeHost,
     example_names,
+    files_below,
     find_bundled,
     find_example,
     known_embeddings,
@@ -51,13 +52,13 @@ class ServerHost(LocalNodeHost):
         return known_embeddings(self, name)
 
     def inputs(self, endings: Collection[str]) -> list[str]:
-        folder = self.places.folder("input")
-        own = sorted(
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in endings
-        )
+        own = files_below(self.places.folder("input"), endings)
         return own + [name for name in example_names(endings) if name not in own]
 
     def find_input(self, name: str) -> Path:
+        return self.find_upload(name)
+
+    def find_upload(self, name: str) -> Path:
         """ComfyUI's names: a file of the input folder, or of another one with its mark behind."""
         plain, kind = without_mark(name, "input")
         try:
@@ -71,8 +72,7 @@ class ServerHost(LocalNodeHost):
     def output_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         return self._numbered("output", prefix, suffix)
 
-    def temp_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
-        """As :meth:`output_path`, for what goes when the server does."""
+    def preview_path(self, prefix: str, suffix: str) -> tuple[Path, str]:
         return self._numbered("temp", prefix, suffix)
 
     def embeddings_path(self, prefix: str) -> tuple[Path, str]:

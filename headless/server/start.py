@@ -14,21 +14,16 @@ from aiohttp import web
 
 from ...vidgen_core.errors import SettingsError
 from ..custom_nodes import load_packs, own_packs
-from . import nodes
 from .app import Server, ServerSettings
 
 
 def new_server(settings: ServerSettings) -> Server:
-    """A server with the pack's nodes, ComfyUI's own that files and ordinary graphs need, and the packs that were named.
+    """A server with the nodes that a render knows, and the packs that were named.
 
     Raises:
         FileError: there is nothing at the place of a named pack.
     """
-    packs = own_packs()
-    packs.classes |= nodes.NODES
-    packs.titles |= nodes.TITLES
-    packs.modules |= dict.fromkeys(nodes.NODES, "nodes")
-    return Server(settings, load_packs(settings.custom_nodes, packs))
+    return Server(settings, load_packs(settings.custom_nodes, own_packs()))
 
 
 def new_runner(server: Server) -> web.AppRunner:

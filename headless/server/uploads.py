@@ -16,8 +16,8 @@ from aiohttp import BodyPartReader, web
 from ...nodes.host import IMAGE_ENDINGS, VIDEO_ENDINGS
 from ...vidgen_core.errors import FileError
 from ...vidgen_core.media import open_image
+from ..core_nodes import AUDIO_ENDINGS
 from . import messages
-from .nodes import AUDIO_ENDINGS
 from .places import KINDS, Places
 from .refusals import refused
 

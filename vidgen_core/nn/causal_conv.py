@@ -33,14 +33,15 @@ class CausalConv3d(nn.Module):
         return self.conv(_pad(x, self.side, self.front))
 
     def stream(self, x: Tensor, before: Callable[[Tensor], Tensor], num_frames: int) -> Tensor:
-        """``self(before(x))`` with ``num_frames`` at a time in memory between the two; for stride 1."""
-        assert self.conv.stride == (1, 1, 1)
+        """``self(before(x))`` with ``num_frames`` at a time in memory between the two, or the stride in time."""
+        time = self.conv.stride[0]
+        num_frames = max(1, num_frames // time) * time  # so that every window but the last has no frame left over
         out: Tensor | None = None
         for start, padded in _windows(x, before, self.side, self.front, num_frames):
             part: Tensor = self.conv(padded)
             if out is None:
-                out = empty_like(part, (*part.shape[:2], x.shape[2], *part.shape[3:]))
-            out[:, :, start : start + part.shape[2]] = part
+                out = empty_like(part, (*part.shape[:2], math.ceil(x.shape[2] / time), *part.shape[3:]))
+            out[:, :, start // time : start // time + part.shape[2]] = part
         assert out is not None
         return out
 

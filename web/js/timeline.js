@@ -6,6 +6,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { addStyle, element, filled, inLanguage } from "./dom.js";
 
 const HOST = "VidGenKeyframesToVideo";
 const KEY = "VidGenKeyframe";
@@ -41,7 +42,6 @@ const ENGLISH = {
   keys: "← → move · Shift further · ↑ ↓ strength · Del reset",
 };
 
-/** @type {Record<string, typeof ENGLISH>} */
 const TEXTS = {
   en: ENGLISH,
   zh: {
@@ -299,26 +299,11 @@ export function freePlace(view, key, wanted, direction = 0) {
 // --- the widget -------------------------------------------------------------------------------------------------------
 
 /**
- * @template {keyof HTMLElementTagNameMap} Tag
- * @param {Tag} tag
- * @param {Record<string, string>} [attributes]
- * @param {(Node | string)[]} children
- * @returns {HTMLElementTagNameMap[Tag]}
- */
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-/**
  * @param {keyof typeof ENGLISH} name
  * @param {Record<string, string | number>} [values]
  */
 function text(name, values = {}) {
-  const language = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en").split("-")[0];
-  return (TEXTS[language] ?? ENGLISH)[name].replace(/\{(\w+)\}/g, (_, key) => String(values[key]));
+  return filled(inLanguage(TEXTS)[name], values);
 }
 
 class Timeline {
@@ -495,7 +480,7 @@ class Timeline {
    * @returns {HTMLButtonElement}
    */
   button(number) {
-    const picture = element("img", { alt: "", draggable: "false", hidden: "" });
+    const picture = element("img", { alt: "", draggable: false, hidden: true });
     picture.addEventListener("error", () => (picture.hidden = true));
     const card = element(
       "span",
@@ -639,7 +624,7 @@ function addTimeline(node) {
 app.registerExtension({
   name: "vidgen.timeline",
   setup() {
-    document.head.append(element("style", {}, STYLE));
+    addStyle(STYLE);
   },
   /** @param {FrontendNode} node */
   nodeCreated(node) {

@@ -119,7 +119,8 @@ class Downsample(nn.Module):
         self.conv = CausalConv3d(channels, channels, stride=steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        num_frames = _frames_at_once(x)
+        return self.conv(x) if num_frames >= x.shape[2] else self.conv.stream(x, lambda frames: frames, num_frames)
 
 
 class Upsample(nn.Module):
