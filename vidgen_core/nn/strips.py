@@ -397,8 +397,13 @@ def add_skip(result: Tensor, skip: Tensor, shortcut: Push | None) -> Tensor:
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """(T, H, W, C) as (1, C, T, H, W), without a copy."""
-    return x.permute(3, 0, 1, 2).unsqueeze(0)
+    """(T, H, W, C) as (1, C, T, H, W), without a copy.
+
+    The stride of the one video has to be the video's length: with any other torch does not see that the channels are
+    last, copies the input into its usual layout, and gives the result in that layout, too.
+    """
+    frames, rows, columns, channels = x.shape
+    return x.as_strided((1, channels, frames, rows, columns), (x.numel(), x.stride(3), *x.stride()[:3]))
 
 
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
