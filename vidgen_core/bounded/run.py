@@ -100,6 +100,7 @@ class Run:
                 first += len(frames)
                 del frames
             assert first == out.frames
+            self.store.tidy()
         self._tidy()
         if statistics is not None:
             assert one.collects is not None

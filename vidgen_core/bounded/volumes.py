@@ -255,7 +255,8 @@ class Store:
         return self.files[shape]
 
     def tidy(self) -> None:
-        """Give the holes of the allocator back to the system: strips of many sizes leave as much again in them."""
+        """Give the holes of the allocator back to the system: results of convolutions leave as much again in them,
+        because small things that stay move into the place of the last one before the next one needs it."""
         trim = _malloc_trim()
         if self.device.type == "cpu" and trim is not None:
             trim(0)

@@ -133,14 +133,15 @@ class ConvLayer:
 
     def strip(self, given: Size, rows: Rows, affines: Affines, scratch: Scratch) -> Push:
         reach, side, front = self._reach(rows), self.kernel[2] // 2, self.kernel[0] - 1
-        return _ConvStrip(self.conv, _Window(reach, given.rows, side, front, affines.get(self), _Place(scratch, self)))
+        place = _Place(scratch, self)
+        return _ConvStrip(self.conv, _Window(reach, given.rows, side, front, affines.get(self), place), place)
 
     def work(self, given: Size, rows: Rows, frames: int, itemsize: int) -> tuple[int, int]:
         window = _window_bytes(given, self._reach(rows), self.kernel, frames, itemsize)
         out = self.size(given)
         made = -(-frames // self.conv.stride[0]) * (rows[1] - rows[0]) * out.columns * out.channels * itemsize
         frame = slab_bytes(given, self.halo(rows, given.rows), 1, itemsize)
-        return window, made + _norm_bytes(self.norm, frame, itemsize) + self.weight_bytes
+        return window + self.weight_bytes, made + _norm_bytes(self.norm, frame, itemsize) + self.weight_bytes
 
     def macs(self, given: Size) -> int:
         out = self.size(given)
@@ -181,7 +182,7 @@ class UpsampleLayer:
         window = _window_bytes(given, reach, kernel, frames, itemsize)
         made = math.prod(self.module.conv.steps) * frames * (reach[1] - reach[0] - 1) * (given.columns + 1)
         phases = made * self.module.conv.out_channels * itemsize
-        return window + phases, phases + 3 * self.weight_bytes
+        return window + phases + self.weight_bytes, phases + 2 * self.weight_bytes
 
     def macs(self, given: Size) -> int:
         out = self.size(given)
@@ -345,16 +346,17 @@ class _Window:
 
 
 class _ConvStrip:
-    def __init__(self, conv: nn.Conv3d, window: _Window) -> None:
+    def __init__(self, conv: nn.Conv3d, window: _Window, place: _Place) -> None:
         self.conv, self.window = conv, window
         self.rows = window.rows
+        self.weight = place.once("weight", lambda: _fast_weight(conv.weight))
 
     def push(self, frames: Tensor) -> Tensor | None:
         window = self.window.push(frames)
         del frames
         taps, step = self.conv.kernel_size[0], self.conv.stride[0]
         count = max(0, (len(window) - taps) // step + 1)
-        made = _convolve(window, self.conv.weight, self.conv.bias, self.conv.stride) if count else None
+        made = _convolve(window, self.weight, self.conv.bias, self.conv.stride) if count else None
         self.window.keep(window, count * step)
         return made
 
@@ -365,7 +367,7 @@ class _UpsampleStrip:
         self.rows = window.rows
         self.skip = rows[0] % module.conv.steps[1]
         self.height = rows[1] - rows[0]
-        self.kernel = place.once("kernel", module.conv.folded)
+        self.kernel = place.once("kernel", lambda: _fast_kernel(*module.conv.folded()))
 
     def push(self, frames: Tensor) -> Tensor | None:
         conv = self.module.conv
@@ -418,6 +420,15 @@ def _channels_first(x: Tensor) -> Tensor:
     """
     frames, rows, columns, channels = x.shape
     return x.as_strided((1, channels, frames, rows, columns), (x.numel(), x.stride(3), *x.stride()[:3]))
+
+
+def _fast_weight(weight: Tensor) -> Tensor:
+    """In the layout into which it would be brought again for every strip."""
+    return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _fast_kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _fast_weight(weight), bias
 
 
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
