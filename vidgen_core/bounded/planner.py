@@ -24,7 +24,7 @@ LONGEST = 6
 FRAMES_AT_ONCE = (4, 2, 1)
 ROWS_AT_ONCE = (128, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 1024, 2048
-SLACK_BYTES = 12 << 20
+SLACK_BYTES = 6 << 20
 """Of the allocator and of the libraries that compute: measured, for everything but the strips and what is kept."""
 SMALL_SHARE = 8
 """Layers below this part of the bound stay in memory where larger ones are spilled."""
