@@ -368,7 +368,7 @@ class _Planner:
         if self._is_attention(start):
             return 0.0
         strips = one.size(self.sizes[start]).rows / one.rows
-        return sum(layer.macs(size) * (rows[1] - rows[0]) * strips for layer, size, rows, _ in self._steps(one, start))
+        return strips * sum(_macs_of(layer, size, rows) for layer, size, rows, _ in self._steps(one, start))
 
     def _cost(self, one: Pass, start: int, stop: int) -> tuple[float, int]:
         """(cost, number of strips and slabs)."""
@@ -421,6 +421,15 @@ class _Planner:
         if any(one.stores == "inner" for one in segment.passes):
             sizes.append(self._inner(segment.start, segment.stop))
         return sum(size.count * self.itemsize for size in sizes if self._is_spilled(size))
+
+
+def _macs_of(layer: Layer, size: Size, rows: tuple[int, int]) -> int:
+    """Multiplications for these rows of the output, the rows between two convolutions that neighbours need included."""
+    macs = layer.macs(size) * (rows[1] - rows[0])
+    if isinstance(layer, Residual):
+        inner = layer.second.halo(rows, layer.first.size(size).rows)
+        macs += layer.first.macs(size) * (inner[1] - inner[0] - (rows[1] - rows[0]))
+    return macs
 
 
 def _wants(block: Block) -> ConvLayer | CausalAttention | None:
