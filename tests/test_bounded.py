@@ -20,6 +20,8 @@ from vidgen.vidgen_core.families.hunyuan.config import CodecConfig
 from vidgen.vidgen_core.families.hunyuan.vae import CausalVAE
 from vidgen.vidgen_core.generate import decode_frames, decode_latents, encode_video
 from vidgen.vidgen_core.memory.host import LocalHost
+from vidgen.vidgen_core.nn import strips
+from vidgen.vidgen_core.nn.scratch import Scratch
 from vidgen.vidgen_core.nn.strips import Size, SoftmaxOverParts, Statistics
 from vidgen.vidgen_core.types import Grid, VideoShape
 
@@ -253,6 +255,20 @@ def test_a_plan_keeps_within_its_bound_and_counts_its_tiles() -> None:
     assert costs == sorted(costs, reverse=True)
 
 
+def test_the_peak_of_a_plan_as_its_bound_gives_the_same_plan() -> None:
+    """What a render's plan asks for, and what it then takes."""
+    codec, shape = codec_of(), video_shape(17, 64, 64)
+    low = smallest_budget(codec, "decode", shape)
+    for times in (1.0, 1.4, 4.0):
+        made = plan(codec, "decode", shape, int(times * low))
+        again = plan(codec, "decode", shape, made.peak_bytes)
+        assert (again.peak_bytes, again.tiles, again.relative_cost) == (
+            made.peak_bytes,
+            made.tiles,
+            made.relative_cost,
+        )
+
+
 def test_a_result_elsewhere_takes_nothing() -> None:
     codec, shape = codec_of(), video_shape(129, 64, 64)
     with_result, without = (
@@ -383,6 +399,54 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
     with torch.no_grad():
         whole = norm.double()(x.double().permute(3, 0, 1, 2)[None])[0].permute(1, 2, 3, 0)
     torch.testing.assert_close(x.double() * affine.scale.double() + affine.shift.double(), whole, rtol=0, atol=2e-3)
+
+
+def test_convolutions_of_strips_stay_in_the_layout_with_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the stride of the one video wrong by its length, torch copies what goes in and comes out: a third of the
+    speed, and as much memory again."""
+    layouts: set[tuple[bool, bool]] = set()
+    convolve = torch.mkldnn_convolution
+
+    def watched(x: Tensor, *arguments: Any) -> Tensor:
+        out = convolve(x, *arguments)
+        layouts.add((_has_channels_last(x), _has_channels_last(out)))
+        return out
+
+    monkeypatch.setattr(torch, "mkldnn_convolution", watched)
+    codec = codec_of(dtype=torch.float32)
+    exact(codec, PLENTY).decode(latents_of(video_shape(9, 16, 16), codec, torch.float32))
+    assert layouts == {(True, True)}
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    """As torch looks at it: by the strides, that of the batch included."""
+    _, channels, frames, rows, columns = x.shape
+    pixels = frames * rows * columns
+    return x.stride() == (pixels * channels, 1, rows * columns * channels, columns * channels, channels)
+
+
+def test_a_frame_is_carried_over_where_the_next_slab_is_longer() -> None:
+    """As behind an enlarging layer, whose first slab lacks a frame."""
+    torch.manual_seed(0)
+    layer = strips.ConvLayer(torch.nn.Conv3d(2, 3, 3, dtype=torch.float64))
+    x = torch.randn(9, 5, 4, 2, dtype=torch.float64)
+    size = Size(2, 9, 5, 4)
+    whole = layer.strip(size, (1, 4), {}, Scratch(x.dtype, x.device)).push(x)
+    strip = layer.strip(size, (1, 4), {}, Scratch(x.dtype, x.device))
+    parts = [strip.push(part) for part in x.split([1, 2, 4, 1, 1])]
+    assert whole is not None
+    torch.testing.assert_close(torch.cat([part for part in parts if part is not None]), whole)
+
+
+def test_scratch_memory_is_used_again() -> None:
+    scratch = Scratch(torch.float32, torch.device("cpu"))
+    first = scratch.take("a", (2, 3)).fill_(7)
+    assert scratch.take("a", (3, 1)).data_ptr() == first.data_ptr()
+    assert scratch.take("b", (2, 3)).data_ptr() != first.data_ptr()
+    larger = scratch.take("a", (5, 2))
+    assert larger.flatten()[:6].tolist() == [7] * 6
+    made = [scratch.once("fold", lambda: [1]) for _ in range(2)]
+    assert made[0] is made[1]
 
 
 def test_softmax_over_parts_is_softmax() -> None:

@@ -48,8 +48,8 @@ LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
 CODEC_BYTES = 3_000_000
 """code that a decoder's convolutions bring into memory when they first run"""
-EXACT_BYTES = 8_000_000
-"""what coding within a bound leaves between its strips"""
+EXACT_BYTES = 12_000_000
+"""code and tables that the first strip of a process brings into memory"""
 FRAME_SHARE = 0.75
 """stride of tiles over their size, as HunyuanVideo has it"""
 TILES = ((256, 64), (256, 32), (128, 32), (128, 16), (64, 16), (64, 8))
@@ -648,8 +648,8 @@ class Planner:
             found = []
             for times in bounds:
                 check_cancelled()
-                bound = math.ceil(times * smallest)
-                cost = plan_exact(layered, direction, shape, bound).relative_cost
+                made = plan_exact(layered, direction, shape, math.ceil(times * smallest))
+                bound, cost = made.peak_bytes, made.relative_cost
                 why = f"what one pass gives, at {cost:.1f} times its work"
                 found.append((f"exact within {bound / 1e6:.0f} MB", why, Bound(budget_bytes=bound), cost))
             return found

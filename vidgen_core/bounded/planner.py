@@ -24,7 +24,7 @@ LONGEST = 6
 FRAMES_AT_ONCE = (4, 2, 1)
 ROWS_AT_ONCE = (128, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 1024, 2048
-SLACK_BYTES = 12 << 20
+SLACK_BYTES = 6 << 20
 """Of the allocator and of the libraries that compute: measured, for everything but the strips and what is kept."""
 SMALL_SHARE = 8
 """Layers below this part of the bound stay in memory where larger ones are spilled."""
@@ -268,7 +268,7 @@ class _Planner:
                 known[rows] = work + self._kept(tried, start, stop, keeps_inner)
                 return known[rows] <= limit and (work <= WORK_BYTES or rows == 1)
 
-            choices = sorted({min(rows, height) for rows in ROWS_AT_ONCE})
+            choices = sorted({math.ceil(height / math.ceil(height / rows)) for rows in ROWS_AT_ONCE})
             # More rows take more memory, and fewer only compute more of them twice.
             rows = choices[max(0, bisect_left(choices, True, key=lambda rows: not fits(rows)) - 1)]
             if not fits(rows):
@@ -298,25 +298,30 @@ class _Planner:
         first = (height - one.rows) // 2
         rows = first, first + one.rows
         if one.joined is not None:
-            yield one.joined.second, one.joined.first.size(sizes[-1]), rows, lengths[-1]
             if one.joined.shortcut is not None:
                 yield one.joined.shortcut, sizes[-1], rows, lengths[-1]
+            yield one.joined.second, one.joined.first.size(sizes[-1]), rows, lengths[-1]
         for layer, size, length in zip(reversed(one.layers), reversed(sizes[:-1]), reversed(lengths[:-1]), strict=True):
             yield layer, size, rows, length
             rows = layer.halo(rows, size.rows)
 
     def _work(self, one: Pass, start: int) -> int:
         """What a strip takes."""
-        held = largest = 0
-        for layer, size, rows, frames in self._steps(one, start):
-            carried, needed = layer.work(size, rows, frames, self.itemsize)
-            held, largest = held + carried, max(largest, needed)
-        if one.joined is not None:  # what is added lies beside the second half
-            size = one.size(self.sizes[start])
-            largest += slab_bytes(size, (0, one.rows), max(4, one.frames), self.itemsize)
-        if not one.layers and one.joined is not None:
-            largest += slab_bytes(self.sizes[start], (0, one.rows), one.frames, self.itemsize)
-        return held + largest
+        steps = list(self._steps(one, start))[::-1]
+        rows = 0, one.rows
+        if one.layers:
+            layer, size, rows, _ = steps[0]
+            rows = layer.halo(rows, size.rows)
+        scratch = slab_bytes(self.sizes[start], rows, one.frames, self.itemsize)
+        if one.joined is not None:
+            scratch += slab_bytes(one.size(self.sizes[start]), (0, one.rows + 2), steps[-1][3], self.itemsize)
+        largest = 0
+        for number, (layer, size, rows, frames) in enumerate(steps):
+            held, needed = layer.work(size, rows, frames, self.itemsize)
+            if number:  # the first one reads scratch memory
+                needed += slab_bytes(size, layer.halo(rows, size.rows), frames, self.itemsize)
+            scratch, largest = scratch + held, max(largest, needed)
+        return scratch + largest
 
     def _kept(self, one: Pass, start: int, stop: int, keeps_inner: bool) -> int:
         """What lies whole in memory beside the strip, at most."""
@@ -363,7 +368,7 @@ class _Planner:
         if self._is_attention(start):
             return 0.0
         strips = one.size(self.sizes[start]).rows / one.rows
-        return sum(layer.macs(size) * (rows[1] - rows[0]) * strips for layer, size, rows, _ in self._steps(one, start))
+        return strips * sum(_macs_of(layer, size, rows) for layer, size, rows, _ in self._steps(one, start))
 
     def _cost(self, one: Pass, start: int, stop: int) -> tuple[float, int]:
         """(cost, number of strips and slabs)."""
@@ -416,6 +421,15 @@ class _Planner:
         if any(one.stores == "inner" for one in segment.passes):
             sizes.append(self._inner(segment.start, segment.stop))
         return sum(size.count * self.itemsize for size in sizes if self._is_spilled(size))
+
+
+def _macs_of(layer: Layer, size: Size, rows: tuple[int, int]) -> int:
+    """Multiplications for these rows of the output, the rows between two convolutions that neighbours need included."""
+    macs = layer.macs(size) * (rows[1] - rows[0])
+    if isinstance(layer, Residual):
+        inner = layer.second.halo(rows, layer.first.size(size).rows)
+        macs += layer.first.macs(size) * (inner[1] - inner[0] - (rows[1] - rows[0]))
+    return macs
 
 
 def _wants(block: Block) -> ConvLayer | CausalAttention | None:

@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..nn.scratch import Scratch
 from ..nn.strips import Affine, CausalAttention, Layer, Rows, Size, SoftmaxOverParts, Statistics, add_skip, chain_strip
 from .planner import KEYS_AT_ONCE, Job, Pass, Plan, Segment
 from .volumes import Input, Output, Sink, Source, Store, Volume
 
 OnTile = Callable[[int, int], None]
 """``(done, total)`` after each strip of each slab; may raise to stop."""
-
-
-TIDY_BYTES = 2 << 20
-"""After so much was read for strips, the allocator's holes are given back."""
 
 
 class Run:
@@ -26,7 +23,7 @@ class Run:
         self.job, self.plan, self.store = job, plan, store
         self.on_tile = on_tile
         self.done = 0
-        self.read_bytes = 0
+        self.scratch = Scratch(store.dtype, store.device)
         self.affines: dict[Layer | CausalAttention, Affine] = {}
 
     def whole(self, given: Input, result: Tensor) -> None:
@@ -46,7 +43,7 @@ class Run:
             begin = max(0, first - 2)
             slab = torch.empty(last - first, *out[2:], out.channels, dtype=self.store.dtype, device=self.store.device)
             for rows in _strips(out.rows, one.rows):
-                strip = layer.strip(size, rows, self.affines)
+                strip = layer.strip(size, rows, self.affines, self.scratch)
                 made = strip.push(self._read(source, strip.rows, (begin, last)))
                 assert made is not None
                 slab[:, slice(*rows)] = made[first - begin :]
@@ -103,13 +100,15 @@ class Run:
                 first += len(frames)
                 del frames
             assert first == out.frames
+            self.store.tidy()
+        self._tidy()
         if statistics is not None:
             assert one.collects is not None
             self.affines[one.collects] = statistics.affine()
 
     def _strip(self, one: Pass, given: Size, rows: Rows, source: Source) -> Iterator[Tensor]:
         """The result of one strip, some frames at a time."""
-        strip = chain_strip(one.layers, given, rows, self.affines)
+        strip = chain_strip(one.layers, given, rows, self.affines, self.scratch)
         if one.stores == "result":
             source.release(strip.rows[0])
         for slab in _strips(given.frames, one.frames):
@@ -122,8 +121,8 @@ class Run:
     def _joined_strip(self, one: Pass, given: Size, rows: Rows, source: Source, inner: Volume) -> Iterator[Tensor]:
         """As :meth:`_strip`, for a residual block whose first half was kept."""
         assert one.joined is not None
-        second, shortcut = one.joined.joined(inner.size, rows, self.affines)
-        strip = chain_strip(one.layers, given, rows, self.affines)
+        second = one.joined.second.strip(inner.size, rows, self.affines, self.scratch)
+        strip = chain_strip(one.layers, given, rows, self.affines, self.scratch)
         source.release(strip.rows[0])
         inner.release(second.rows[0])
         first = 0
@@ -133,7 +132,7 @@ class Run:
                 made = second.push(self._read(inner, second.rows, (first, first + len(skip))))
                 assert made is not None
                 first += len(skip)
-                add_skip(made, skip, shortcut)
+                add_skip(made, skip, one.joined.shortcut)
                 del skip
                 yield made
                 del made
@@ -171,19 +170,20 @@ class Run:
                 self._tick()
         keys.close()
         values.close()
+        self._tidy()
         if statistics is not None:
             assert one.collects is not None
             self.affines[one.collects] = statistics.affine()
 
     def _read(self, source: Source, rows: Rows, frames: Rows) -> Tensor:
-        part = source.read(rows, frames)
-        self.read_bytes += part.numel() * part.element_size()
-        return part
+        return source.read(rows, frames, self.scratch)
+
+    def _tidy(self) -> None:
+        """After a pass: the next one has strips of other sizes."""
+        self.scratch.clear()
+        self.store.tidy()
 
     def _tick(self) -> None:
-        if self.read_bytes >= TIDY_BYTES:  # small strips leave small holes, and there are many of them
-            self.store.tidy()
-            self.read_bytes = 0
         self.done += 1
         if self.on_tile is not None:
             self.on_tile(self.done, self.plan.tiles)

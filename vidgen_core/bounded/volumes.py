@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
+from ..nn.scratch import Scratch, pages
 from ..nn.strips import Rows, Size
 
 Spill = Path | Literal["ram"] | None
@@ -26,8 +27,8 @@ PAGE = mmap.PAGESIZE
 class Source(Protocol):
     """What a pass reads."""
 
-    def read(self, rows: Rows, frames: Rows) -> Tensor:
-        """(n, rows, W, C), contiguous, on the codec's device."""
+    def read(self, rows: Rows, frames: Rows, scratch: Scratch) -> Tensor:
+        """(n, rows, W, C), contiguous, on the codec's device; in scratch memory, until the next time."""
         ...
 
     def release(self, row: int) -> None:
@@ -49,7 +50,7 @@ class Input:
     def __init__(self, video: Tensor, before: Callable[[Tensor], Tensor]) -> None:
         self.video, self.before = video, before
 
-    def read(self, rows: Rows, frames: Rows) -> Tensor:
+    def read(self, rows: Rows, frames: Rows, scratch: Scratch) -> Tensor:
         part = self.video[:, slice(*frames), slice(*rows)]
         return self.before(part).permute(1, 2, 3, 0).contiguous()
 
@@ -90,9 +91,9 @@ class Volume:
                 self.rows[row] = self.pieces.take()
             self.pieces.write(self.rows[row], first, part)
 
-    def read(self, rows: Rows, frames: Rows) -> Tensor:
+    def read(self, rows: Rows, frames: Rows, scratch: Scratch) -> Tensor:
         length, height = frames[1] - frames[0], rows[1] - rows[0]
-        out = torch.empty(length, height, self.size.columns, self.size.channels, dtype=self.dtype, device=self.device)
+        out = scratch.take(self, (length, height, self.size.columns, self.size.channels))
         for number, row in enumerate(range(*rows)):
             out[:, number] = self.pieces.read(self.rows[row], frames)
         return out
@@ -118,8 +119,7 @@ class Pieces(Protocol):
 
 
 class MemoryPieces:
-    """In memory. On the CPU straight from the system, to which a row goes back when it is released: memory of an
-    allocator would stay with the process, in holes of the wrong size."""
+    """In memory. On the CPU straight from the system, to which a row goes back when it is released."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
@@ -127,14 +127,8 @@ class MemoryPieces:
         self.next = 0
 
     def take(self) -> int:
-        if self.device.type == "cpu":
-            count = torch.Size(self.shape).numel()
-            block = mmap.mmap(-1, max(1, count * self.dtype.itemsize))
-            row = torch.frombuffer(block, dtype=self.dtype, count=count).view(self.shape)
-        else:
-            row = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         self.next += 1
-        self.rows[self.next] = row
+        self.rows[self.next] = pages(self.shape, self.dtype, self.device)
         return self.next
 
     def give_back(self, piece: int) -> None:
@@ -261,7 +255,8 @@ class Store:
         return self.files[shape]
 
     def tidy(self) -> None:
-        """Give the holes of the allocator back to the system: strips of many sizes leave as much again in them."""
+        """Give the holes of the allocator back to the system: results of convolutions leave as much again in them,
+        because small things that stay move into the place of the last one before the next one needs it."""
         trim = _malloc_trim()
         if self.device.type == "cpu" and trim is not None:
             trim(0)

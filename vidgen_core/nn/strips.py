@@ -15,14 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .causal_conv import CausalConv3d, UpsampledCausalConv3d, phase_pairs
+from .scratch import Scratch
 
+T = TypeVar("T")
 Rows = tuple[int, int]
 """The first row, and the one after the last."""
 STATISTICS_PART = 1 << 18
@@ -61,7 +63,10 @@ class Push(Protocol):
     """of the input"""
 
     def push(self, frames: Tensor) -> Tensor | None:
-        """(n, rows, W, C) -> (m, rows', W', C'), or None while more frames are needed."""
+        """(n, rows, W, C) -> (m, rows', W', C'), or None while more frames are needed.
+
+        What is given back may lie in scratch memory, until the next push.
+        """
         ...
 
 
@@ -81,13 +86,13 @@ class Layer(Protocol):
         """The rows of an input of ``height`` that these rows of the output depend on."""
         ...
 
-    def strip(self, given: Size, rows: Rows, affines: Affines) -> Push:
+    def strip(self, given: Size, rows: Rows, affines: Affines, scratch: Scratch) -> Push:
         """Start on these rows of the output, at the first frame; ``given`` is the size of the whole input."""
         ...
 
     def work(self, given: Size, rows: Rows, frames: int, itemsize: int) -> tuple[int, int]:
-        """(bytes held from slab to slab, bytes needed besides while it runs, its input and output included) for a
-        strip of these rows of the output and this many frames of the input at a time."""
+        """(bytes of scratch memory, bytes needed besides while it runs, its output included, its input not) for a strip
+        of these rows of the output and this many frames of the input at a time."""
         ...
 
     def macs(self, given: Size) -> int:
@@ -126,16 +131,17 @@ class ConvLayer:
     def halo(self, rows: Rows, height: int) -> Rows:
         return clip(self._reach(rows), height)
 
-    def strip(self, given: Size, rows: Rows, affines: Affines) -> Push:
-        window = _Window(self._reach(rows), given.rows, self.kernel[2] // 2, self.kernel[0] - 1, affines.get(self))
-        return _ConvStrip(self.conv, window)
+    def strip(self, given: Size, rows: Rows, affines: Affines, scratch: Scratch) -> Push:
+        reach, side, front = self._reach(rows), self.kernel[2] // 2, self.kernel[0] - 1
+        place = _Place(scratch, self)
+        return _ConvStrip(self.conv, _Window(reach, given.rows, side, front, affines.get(self), place), place)
 
     def work(self, given: Size, rows: Rows, frames: int, itemsize: int) -> tuple[int, int]:
-        held, window = _window_bytes(given, self._reach(rows), self.kernel, frames, itemsize)
+        window = _window_bytes(given, self._reach(rows), self.kernel, frames, itemsize)
         out = self.size(given)
         made = -(-frames // self.conv.stride[0]) * (rows[1] - rows[0]) * out.columns * out.channels * itemsize
-        taken = slab_bytes(given, self.halo(rows, given.rows), frames, itemsize)
-        return held, taken + window + made + _norm_bytes(self.norm, window, itemsize) + self.weight_bytes
+        frame = slab_bytes(given, self.halo(rows, given.rows), 1, itemsize)
+        return window + self.weight_bytes, made + _norm_bytes(self.norm, frame, itemsize) + self.weight_bytes
 
     def macs(self, given: Size) -> int:
         out = self.size(given)
@@ -165,17 +171,18 @@ class UpsampleLayer:
     def halo(self, rows: Rows, height: int) -> Rows:
         return clip(self._reach(rows), height)
 
-    def strip(self, given: Size, rows: Rows, affines: Affines) -> Push:
-        return _UpsampleStrip(self.module, _Window(self._reach(rows), given.rows, 1, self.module.front, None), rows)
+    def strip(self, given: Size, rows: Rows, affines: Affines, scratch: Scratch) -> Push:
+        place = _Place(scratch, self)
+        window = _Window(self._reach(rows), given.rows, 1, self.module.front, None, place)
+        return _UpsampleStrip(self.module, window, rows, place)
 
     def work(self, given: Size, rows: Rows, frames: int, itemsize: int) -> tuple[int, int]:
         kernel = (self.module.front + 1, 3, 3)
         reach = self._reach(rows)
-        held, window = _window_bytes(given, reach, kernel, frames, itemsize)
+        window = _window_bytes(given, reach, kernel, frames, itemsize)
         made = math.prod(self.module.conv.steps) * frames * (reach[1] - reach[0] - 1) * (given.columns + 1)
         phases = made * self.module.conv.out_channels * itemsize
-        taken = slab_bytes(given, self.halo(rows, given.rows), frames, itemsize)
-        return held, max(taken + window + phases, taken + 2 * phases) + 3 * self.weight_bytes
+        return window + phases + self.weight_bytes, phases + 2 * self.weight_bytes
 
     def macs(self, given: Size) -> int:
         out = self.size(given)
@@ -210,30 +217,18 @@ class Residual:
     def halo(self, rows: Rows, height: int) -> Rows:
         return self.first.halo(self.second.halo(rows, height), height)
 
-    def strip(self, given: Size, rows: Rows, affines: Affines) -> Push:
+    def strip(self, given: Size, rows: Rows, affines: Affines, scratch: Scratch) -> Push:
         between = self.first.size(given)
-        first = self.first.strip(given, self.second.halo(rows, between.rows), affines)
-        return _ResidualStrip(first, self.second.strip(between, rows, affines), self._skip(given, rows, affines), rows)
-
-    def joined(self, between: Size, rows: Rows, affines: Affines) -> tuple[Push, Push | None]:
-        """``second`` and ``shortcut`` on these rows, where the result of ``first``, of size ``between``, is known."""
-        return self.second.strip(between, rows, affines), self._skip(between, rows, affines)
-
-    def _skip(self, given: Size, rows: Rows, affines: Affines) -> Push | None:
-        return None if self.shortcut is None else self.shortcut.strip(given, rows, affines)
+        first = self.first.strip(given, self.second.halo(rows, between.rows), affines, scratch)
+        second = self.second.strip(between, rows, affines, scratch)
+        return _ResidualStrip(first, second, self.shortcut, rows)
 
     def work(self, given: Size, rows: Rows, frames: int, itemsize: int) -> tuple[int, int]:
         between = self.first.size(given)
         inner = self.second.halo(rows, between.rows)
-        halo = self.first.halo(inner, given.rows)
         held_first, first = self.first.work(given, inner, frames, itemsize)
         held_second, second = self.second.work(between, rows, frames, itemsize)
-        # The input stays until the end, for the shortcut.
-        whole = slab_bytes(given, halo, frames, itemsize)
-        end = whole + slab_bytes(self.size(given), rows, frames, itemsize)
-        if self.shortcut is not None:
-            end += self.shortcut.work(given, rows, frames, itemsize)[1]
-        return held_first + held_second, max(first, whole + second, end)
+        return held_first + held_second, max(first, slab_bytes(between, inner, frames, itemsize) + second)
 
     def macs(self, given: Size) -> int:
         shortcut = 0 if self.shortcut is None else self.shortcut.macs(given)
@@ -244,14 +239,14 @@ class Residual:
         return self.first.weight_bytes + self.second.weight_bytes
 
 
-def chain_strip(layers: Sequence[Layer], given: Size, rows: Rows, affines: Affines) -> Push:
+def chain_strip(layers: Sequence[Layer], given: Size, rows: Rows, affines: Affines, scratch: Scratch) -> Push:
     """Several layers, one after the other, on these rows of the last one's output."""
     sizes = [given]
     for layer in layers:
         sizes.append(layer.size(sizes[-1]))
     pushes: list[Push] = []
     for layer, size in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
-        pushes.insert(0, layer.strip(size, rows, affines))
+        pushes.insert(0, layer.strip(size, rows, affines, scratch))
         rows = pushes[0].rows
     return _Chain(pushes, rows)
 
@@ -283,74 +278,96 @@ class _Chain:
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Scratch memory of one layer."""
+
+    scratch: Scratch
+    layer: object
+
+    def take(self, purpose: str, *shape: int) -> Tensor:
+        return self.scratch.take((self.layer, purpose), shape)
+
+    def once(self, purpose: str, make: Callable[[], T]) -> T:
+        return self.scratch.once((self.layer, purpose), make)
+
+
 class _Window:
     """What a convolution reads: normalised frames with their edges, after those of the slab before."""
 
-    def __init__(self, reach: Rows, height: int, side: int, front: int, affine: Affine | None) -> None:
+    def __init__(self, reach: Rows, height: int, side: int, front: int, affine: Affine | None, place: _Place) -> None:
         self.rows = clip(reach, height)
         self.top, self.bottom = self.rows[0] - reach[0], reach[1] - self.rows[1]
         self.side, self.front = side, front
-        self.affine = affine
-        self.past: Tensor | None = None
+        self.affine, self.place = affine, place
+        self.past: int | None = None
+        """frames that the window begins with already; None: there are no frames before these"""
 
     def push(self, frames: Tensor) -> Tensor:
         """(n, rows, W, C) -> the window (front + n, rows + top + bottom, W + 2 side, C)."""
         length, rows, columns, channels = frames.shape
         if not (self.side or self.front or self.affine):
             return frames
-        past = self.front if self.past is None else len(self.past)
+        past = self.front if self.past is None else self.past
         height, width = self.top + rows + self.bottom, columns + 2 * self.side
-        window = frames.new_empty(past + length, height, width, channels)
-        new = window[past:]
-        middle = new[:, self.top : self.top + rows]
-        self._fill(middle[:, :, self.side : self.side + columns], frames)
-        if self.side:
-            middle[:, :, : self.side] = middle[:, :, self.side : self.side + 1]
-            middle[:, :, -self.side :] = middle[:, :, -self.side - 1 : -self.side]
-        if self.top:
-            new[:, : self.top] = new[:, self.top : self.top + 1]
-        if self.bottom:
-            new[:, -self.bottom :] = new[:, -self.bottom - 1 : -self.bottom]
-        window[:past] = new[:1] if self.past is None else self.past
+        window = self.place.take("window", past + length, height, width, channels)
+        for new, frame in zip(window[past:], frames, strict=True):  # one at a time: it stays in a processor's cache
+            middle = new[self.top : self.top + rows]
+            self._fill(middle[:, self.side : self.side + columns], frame)
+            if self.side:
+                middle[:, : self.side] = middle[:, self.side : self.side + 1]
+                middle[:, -self.side :] = middle[:, -self.side - 1 : -self.side]
+            if self.top:
+                new[: self.top] = new[self.top : self.top + 1]
+            if self.bottom:
+                new[-self.bottom :] = new[-self.bottom - 1 : -self.bottom]
+        if self.past is None:
+            window[:past] = window[past : past + 1]
         return window
 
-    def _fill(self, target: Tensor, frames: Tensor) -> None:
+    def _fill(self, target: Tensor, frame: Tensor) -> None:
         if self.affine is None:
-            target.copy_(frames)
+            target.copy_(frame)
             return
         scale, shift = self.affine
-        if frames.dtype == scale.dtype:
-            torch.addcmul(shift, frames, scale, out=target)
+        if frame.dtype == scale.dtype:
+            torch.addcmul(shift, frame, scale, out=target)
         else:  # rounded where one pass rounds: after the norm, before SiLU
-            target.copy_(torch.addcmul(shift, frames.to(scale.dtype), scale))
+            target.copy_(torch.addcmul(shift, frame.to(scale.dtype), scale))
         F.silu(target, inplace=True)
 
     def keep(self, window: Tensor, done: int) -> None:
-        """The next window begins after the first ``done`` frames of this one."""
-        self.past = window[done:].clone() if self.front else None
+        """The next window begins after the first ``done`` frames of this one, which has been read."""
+        if not self.front:
+            return
+        self.past = len(window) - done
+        for old, new in zip(window[done:], window, strict=False):  # both may overlap, a frame does not
+            new.copy_(old)
 
 
 class _ConvStrip:
-    def __init__(self, conv: nn.Conv3d, window: _Window) -> None:
+    def __init__(self, conv: nn.Conv3d, window: _Window, place: _Place) -> None:
         self.conv, self.window = conv, window
         self.rows = window.rows
+        self.weight = place.once("weight", lambda: _fast_weight(conv.weight))
 
     def push(self, frames: Tensor) -> Tensor | None:
         window = self.window.push(frames)
         del frames
         taps, step = self.conv.kernel_size[0], self.conv.stride[0]
         count = max(0, (len(window) - taps) // step + 1)
+        made = _convolve(window, self.weight, self.conv.bias, self.conv.stride) if count else None
         self.window.keep(window, count * step)
-        return _convolve(window, self.conv.weight, self.conv.bias, self.conv.stride) if count else None
+        return made
 
 
 class _UpsampleStrip:
-    def __init__(self, module: UpsampledCausalConv3d, window: _Window, rows: Rows) -> None:
-        self.module, self.window = module, window
+    def __init__(self, module: UpsampledCausalConv3d, window: _Window, rows: Rows, place: _Place) -> None:
+        self.module, self.window, self.place = module, window, place
         self.rows = window.rows
         self.skip = rows[0] % module.conv.steps[1]
         self.height = rows[1] - rows[0]
-        self.kernel = module.conv.folded()
+        self.kernel = place.once("kernel", lambda: _fast_kernel(*module.conv.folded()))
 
     def push(self, frames: Tensor) -> Tensor | None:
         conv = self.module.conv
@@ -359,21 +376,17 @@ class _UpsampleStrip:
         columns = frames.shape[2]
         window = self.window.push(frames)
         del frames
-        self.window.keep(window, len(window) - self.window.front)
         phases = _convolve(window, *self.kernel, (1, 1, 1))
-        del window
-        rows = phases.shape[1] - (height - 1)
-        out = phases.new_empty(
-            time * len(phases) - (time - 1) * is_first, height * rows, width * columns, conv.out_channels
-        )
+        self.window.keep(window, len(window) - self.window.front)
+        rows, length = phases.shape[1] - (height - 1), time * len(phases) - (time - 1) * is_first
+        out = self.place.take("out", length, height * rows, width * columns, conv.out_channels)
         for small, large in phase_pairs(_channels_first(phases), _channels_first(out), conv.steps):
             large.copy_(small)
-        del phases
-        return out if out.shape[1] == self.height else out[:, self.skip : self.skip + self.height].contiguous()
+        return out[:, self.skip : self.skip + self.height]
 
 
 class _ResidualStrip:
-    def __init__(self, first: Push, second: Push, shortcut: Push | None, rows: Rows) -> None:
+    def __init__(self, first: Push, second: Push, shortcut: ConvLayer | None, rows: Rows) -> None:
         self.first, self.second, self.shortcut = first, second, shortcut
         self.rows = first.rows
         self.inside = slice(rows[0] - self.rows[0], rows[1] - self.rows[0])
@@ -387,18 +400,35 @@ class _ResidualStrip:
         return add_skip(result, frames[:, self.inside], self.shortcut)
 
 
-def add_skip(result: Tensor, skip: Tensor, shortcut: Push | None) -> Tensor:
+def add_skip(result: Tensor, skip: Tensor, shortcut: ConvLayer | None) -> Tensor:
     """``result`` plus what goes past the two convolutions, in place."""
-    if shortcut is not None:
-        pushed = shortcut.push(skip.contiguous())
-        assert pushed is not None
-        skip = pushed
-    return result.add_(skip)
+    if shortcut is None:
+        return result.add_(skip)
+    assert shortcut.kernel == (1, 1, 1)
+    conv = shortcut.conv
+    matrix = conv.weight.flatten(1).t()
+    for made, frame in zip(result, skip, strict=True):
+        made.flatten(0, 1).addmm_(frame.flatten(0, 1), matrix)
+    return result if conv.bias is None else result.add_(conv.bias)
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """(T, H, W, C) as (1, C, T, H, W), without a copy."""
-    return x.permute(3, 0, 1, 2).unsqueeze(0)
+    """(T, H, W, C) as (1, C, T, H, W), without a copy.
+
+    The stride of the one video has to be the video's length: with any other torch does not see that the channels are
+    last, copies the input into its usual layout, and gives the result in that layout, too.
+    """
+    frames, rows, columns, channels = x.shape
+    return x.as_strided((1, channels, frames, rows, columns), (x.numel(), x.stride(3), *x.stride()[:3]))
+
+
+def _fast_weight(weight: Tensor) -> Tensor:
+    """In the layout into which it would be brought again for every strip."""
+    return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _fast_kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _fast_weight(weight), bias
 
 
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
@@ -416,18 +446,14 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _window_bytes(
-    given: Size, reach: Rows, kernel: tuple[int, int, int], frames: int, itemsize: int
-) -> tuple[int, int]:
-    """(the frames carried to the next slab, the window itself)."""
+def _window_bytes(given: Size, reach: Rows, kernel: tuple[int, int, int], frames: int, itemsize: int) -> int:
     frame = (reach[1] - reach[0]) * (given.columns + kernel[2] - 1) * given.channels * itemsize
-    front = kernel[0] - 1
-    return front * frame, (front + min(frames, given.frames)) * frame
+    return (kernel[0] - 1 + min(frames, given.frames)) * frame
 
 
-def _norm_bytes(norm: nn.GroupNorm | None, window: int, itemsize: int) -> int:
-    """Below float32, the frames once as they are and once normalised."""
-    return 0 if norm is None or itemsize >= 4 else 2 * window * 4 // itemsize
+def _norm_bytes(norm: nn.GroupNorm | None, frame: int, itemsize: int) -> int:
+    """Below float32, a frame once as it is and once normalised."""
+    return 0 if norm is None or itemsize >= 4 else 2 * frame * 4 // itemsize
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -444,19 +470,23 @@ class Statistics:
         self.norm = norm
         self.count = 0
         self.reference: Tensor | None = None
+        self.apart: Tensor | None = None
         self.first = self.second = torch.zeros(())
 
     def add(self, part: Tensor) -> None:
-        """``part``: (..., C)."""
-        rows = part.reshape(-1, part.shape[-1])
-        self.count += len(rows)
-        for some in rows.split(max(1, STATISTICS_PART // rows.shape[1])):
-            some = some.to(torch.promote_types(some.dtype, torch.float32))
-            if self.reference is None:
-                self.reference = some.mean(0)
-            apart = some - self.reference
-            self.first = self.first + _wide(apart.sum(0))
-            self.second = self.second + _wide(apart.square_().sum(0))
+        """``part``: (n, ..., C)."""
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        for frame in part:
+            rows = frame.flatten(0, -2)
+            self.count += len(rows)
+            for some in rows.split(max(1, STATISTICS_PART // rows.shape[1])):
+                if self.reference is None:
+                    self.reference = some.to(dtype).mean(0)
+                if self.apart is None or len(self.apart) < len(some):
+                    self.apart = torch.empty_like(some, dtype=dtype)
+                apart = torch.sub(some, self.reference, out=self.apart[: len(some)])
+                self.first = self.first + _wide(apart.sum(0))
+                self.second = self.second + _wide(apart.square_().sum(0))
 
     def affine(self) -> Affine:
         """The norm with these statistics, as one multiplication and one addition for each channel."""
