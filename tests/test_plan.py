@@ -401,7 +401,11 @@ def test_the_benchmark_covers_enough() -> None:
     listed = list(cases())
     assert len({case.name for case in listed}) == len(listed) >= 60
     assert {case.stage for case in listed} == {"sample", "decode", "encode", "render"}
-    assert sum(case.budget == 0.1 for case in listed) == 5
+    assert sum(case.budget == 0.1 for case in listed) == 6
+    cogvideox = [case for case in listed if case.model.startswith("cogvideox")]
+    assert len(cogvideox) >= 15
+    assert {case.stage for case in cogvideox} == {"sample", "decode", "encode", "render"}
+    assert {case.dtype for case in cogvideox} == {"float32", "bfloat16", "float8"}
 
 
 def test_the_benchmark_adds_up() -> None:
