@@ -203,7 +203,8 @@ class _Remembering:
             with self.meter.not_counting():
                 like = torch.empty(x.shape, dtype=x.dtype, device="meta")
                 cost = cost_of(getattr(self._codec, what), like, modules=[self._module])
-            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes)
+            given = like.nbytes
+            self.costs[key] = replace(cost, peak=cost.peak - given, with_weights=cost.with_weights - given)
         self.meter.skip(self.costs[key])
         return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
 
@@ -234,8 +235,7 @@ class _Remembering:
         with watched_memory(self._module) as self.meter:
             run(self)
         meter, self.meter = self.meter, None
-        weights = max((cost.weights for cost in self.costs.values()), default=0)
-        return Cost(meter.peak, meter.work, max(weights, meter.weights))
+        return Cost(meter.peak, meter.work, meter.weights, with_weights=meter.with_weights)
 
 
 class _Exact:
@@ -593,6 +593,11 @@ class Planner:
         def one_pass() -> Cost:
             return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
 
+        def passing(cost: Cost, coding: Coding) -> int:
+            if not weights.is_mapped:
+                return cost.peak
+            return cost.peak + one_pass().weights if isinstance(coding, Bound) else cost.with_weights
+
         codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
         if which != "best":
             bounds = self._exact(remembering, what, shape, BOUNDS if which == "all" else BOUNDS[-1:])
@@ -624,9 +629,7 @@ class Planner:
                 Way(
                     name=name,
                     why=why,
-                    passing=lambda cost=cost, more=more: (
-                        cost().peak + more + (one_pass().weights if weights.is_mapped else 0)
-                    ),
+                    passing=lambda cost=cost, more=more, coding=coding: more + passing(cost(), coding),
                     work=lambda cost=cost: cost().work,
                     loaded=weights.num_bytes if is_first and not weights.is_mapped else 0,
                     settings={"tiling": coding},
