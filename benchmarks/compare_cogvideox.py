@@ -1,61 +1,92 @@
-"""CogVideoX's network beside diffusers', with the same weights.
+"""CogVideoX beside diffusers (network, VAE, loader) and transformers (T5), with the same weights.
 
-Reduced as HunyuanVideo's is: 12 heads of 64 and 6 blocks over 1200 video and 226 text tokens. diffusers is given its
-rotations once for all steps, as its pipelines do.
+Reduced as HunyuanVideo is: 12 heads of 64 and 6 blocks over 1200 video and 226 text tokens; a VAE of a quarter of the
+width; T5's 24 layers at an eighth of its width; a loader's file of 200 MB. diffusers' network is given its rotations
+once for all steps, as its pipelines do. Its VAE goes through a video group by group, as ours does, so its default and
+its untiled way are one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..vidgen_core.errors import SettingsError
-from ..vidgen_core.families.cogvideox.config import NetworkConfig
+from ..vidgen_core.families.cogvideox import FAMILY
+from ..vidgen_core.families.cogvideox.codec import CogVideoXCodec
+from ..vidgen_core.families.cogvideox.config import CodecConfig, NetworkConfig, TextConfig
 from ..vidgen_core.families.cogvideox.keys import LAYOUTS
 from ..vidgen_core.families.cogvideox.network import CogVideoXTransformer
-from ..vidgen_core.model import load_network
+from ..vidgen_core.families.cogvideox.text import T5Text
+from ..vidgen_core.families.cogvideox.vae import CogVideoXVAE
+from ..vidgen_core.model import VideoModel, load_text, open_part
+from ..vidgen_core.text.dims import T5Dims
 from ..vidgen_core.text.features import TextFeatures
+from ..vidgen_core.text.tokenizer import EOS, PAD, Tokenizer
+from ..vidgen_core.weights.load import load_module, read_tensors
 from ..vidgen_core.weights.save import save_checkpoint, save_tensors
-from .compare_hunyuan import random_weights
-from .contest import Contest, Setting, Side
+from .compare_hunyuan import Latents, as_float8, random_weights, version_of
+from .contest import Contest, Setting, Side, loading
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-REDUCED = NetworkConfig(hidden_size=768, num_heads=12, num_layers=6, text_width=1024, trained_grid=(3, 20, 20))
-TINY = NetworkConfig(
-    hidden_size=48, num_heads=3, num_layers=2, text_width=24, text_length=7, time_width=20, trained_grid=(2, 2, 3),
-    rope_axes=(4, 6, 6),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the contests are held with."""
+
+    network: NetworkConfig
+    """at its trained grid"""
+    codec: CodecConfig
+    codec_latents: Latents
+    tile: tuple[int, int]
+    """px of the peer's tiles, rows and columns: multiples of 48 and 40, as it lets a sixth and a fifth overlap"""
+    t5: T5Dims
+    loader: NetworkConfig
+
+
+REDUCED = Sizes(
+    network=NetworkConfig(hidden_size=768, num_heads=12, num_layers=6, text_width=1024, trained_grid=(3, 20, 20)),
+    codec=CodecConfig(block_channels=(32, 64, 64, 128), num_groups=8),
+    codec_latents=(5, 16, 20),
+    tile=(96, 120),
+    t5=T5Dims(vocab_size=64, hidden_size=512, num_heads=8, intermediate_size=1280),
+    loader=NetworkConfig(hidden_size=1536, num_heads=24, num_layers=2, text_width=1024, trained_grid=(1, 2, 2)),
+)
+TINY = Sizes(
+    network=NetworkConfig(
+        hidden_size=48, num_heads=3, num_layers=2, text_width=24, text_length=7, time_width=20, trained_grid=(2, 2, 3),
+        rope_axes=(4, 6, 6),
+    ),
+    codec=CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=4),
+    codec_latents=(3, 7, 6),
+    tile=(48, 40),
+    t5=T5Dims(vocab_size=64, hidden_size=32, num_heads=2, head_size=8, num_layers=2, intermediate_size=48),
+    loader=NetworkConfig(
+        hidden_size=48, num_heads=3, num_layers=1, text_width=24, text_length=7, time_width=20, trained_grid=(1, 2, 2),
+        rope_axes=(4, 6, 6),
+    ),
 )  # fmt: skip
 SIZES = {"reduced": REDUCED, "tiny": TINY}
-NETWORK_BAR = 1.00
+BAR = 1.00
 ENTRY = 799
 """of the noise table"""
 
 
 def contest(setting: Setting) -> Contest:
-    """The two sides of the network; SettingsError for another part, or for float8."""
-    if setting.part != "network" or setting.dtype == "fp8":
-        raise SettingsError(
-            "CogVideoX is compared by its network alone, in float32 or bfloat16",
-            given=f"--part {setting.part} --dtype {setting.dtype}",
-            do="use --part network --dtype fp32",
-        )
-    made = _network(setting)
-    if setting.dtype == "fp32":
-        return made
-    return Contest(
-        prepare=made.prepare,
-        ours=made.ours,
-        peer=made.peer,
-        peer_name=made.peer_name,
-        exact=_network(Setting(part="network", size=setting.size, device=setting.device)).ours,
-        bar=made.bar,
-        facts=made.facts,
-    )
+    """The two sides of one part."""
+    sizes = SIZES[setting.size]
+    make = {"network": _network, "codec": _codec, "text": _text, "loader": _loader}[setting.part]
+    made = make(setting, sizes)
+    return made if setting.dtype == "fp32" else replace(made, exact=make(replace(setting, dtype="fp32"), sizes).ours)
+
+
+# ---------------------------------------------------------------------------------------------
+# network
 
 
 def diffusers_network(config: NetworkConfig) -> CogVideoXTransformer3DModel:
@@ -102,30 +133,55 @@ def _write_network(folder: Path, config: NetworkConfig, dtype: str) -> None:
     with torch.device("meta"):
         module, twin = CogVideoXTransformer(config), diffusers_network(config)
     state = random_weights(module, dtype)
-    save_checkpoint(folder / "network.safetensors", state, family="cogvideox", part="network", config=config)
+    native = as_float8(state, FAMILY.blocks) if dtype == "fp8" else state
+    save_checkpoint(folder / "network.safetensors", native, family="cogvideox", part="network", config=config)
     twin.save_config(folder / "diffusers")
     foreign = LAYOUTS["diffusers"].to_foreign(state)
     save_tensors(folder / "diffusers" / "diffusion_pytorch_model.safetensors", foreign, {"format": "pt"})
 
 
-def _network(setting: Setting) -> Contest:
-    from importlib.metadata import version
+def _load_ours(folder: Path, setting: Setting) -> VideoModel:
+    """As ``load_network`` does, except that float8 weights stay small however small the whole network is."""
+    header, found = open_part(folder / "network.safetensors", "network")
+    network = load_module(
+        header,
+        lambda: CogVideoXTransformer(found.config),
+        dtype=setting.torch_dtype,
+        device=setting.device,
+        keep_quantised=setting.dtype == "fp8",
+    )
+    return VideoModel.of("cogvideox", found.config, network)
 
-    config = SIZES[setting.size]
-    frames, rows, columns = config.trained_grid
 
-    def given() -> tuple[Tensor, TextFeatures]:
-        generator = torch.Generator().manual_seed(1)
+def _load_theirs(folder: Path, setting: Setting) -> CogVideoXTransformer3DModel:
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel.from_pretrained(folder / "diffusers", torch_dtype=setting.torch_dtype)
+    if setting.dtype == "fp8":
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    return with_official_eps(model.to(setting.device).eval())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a network is given, and what each side makes of it once for all steps."""
+
+    config: NetworkConfig
+    setting: Setting
+
+    def inputs(self) -> tuple[Tensor, TextFeatures]:
+        """Noise, and the features of a prompt."""
+        config, generator = self.config, torch.Generator().manual_seed(1)
+        frames, rows, columns = config.trained_grid
         noise = torch.randn(1, config.in_channels, frames, 2 * rows, 2 * columns, generator=generator)
         context = torch.randn(1, config.text_length, config.text_width, generator=generator)
         mask = torch.ones(1, config.text_length, dtype=torch.bool)
         features = TextFeatures(context=context, context_mask=mask, pooled=torch.zeros(1, 0))
-        return noise.to(setting.device, setting.torch_dtype), features
+        return noise.to(self.setting.device, self.setting.torch_dtype), features
 
-    def ours(folder: Path) -> Side:
-        model = load_network(folder / "network.safetensors", dtype=setting.torch_dtype, device=setting.device)
-        noise, features = given()
-        cond = model.conditioning(features).to(setting.device)
+    def ours(self, model: VideoModel) -> Side:
+        noise, features = self.inputs()
+        cond = model.conditioning(features).to(self.setting.device)
 
         def run() -> Tensor:
             with torch.inference_mode():
@@ -133,16 +189,14 @@ def _network(setting: Setting) -> Contest:
 
         return Side(run=run, answer=lambda v: v, modules=(model.network,))
 
-    def peer(folder: Path) -> Side:
-        from diffusers import CogVideoXTransformer3DModel
+    def peer(self, model: CogVideoXTransformer3DModel) -> Side:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-        model = CogVideoXTransformer3DModel.from_pretrained(folder / "diffusers", torch_dtype=setting.torch_dtype)
-        model = with_official_eps(model.to(setting.device).eval())
-        noise, features = given()
+        noise, features = self.inputs()
         latents, context = noise.transpose(1, 2), features.context.to(noise)
-        head = config.hidden_size // config.num_heads
-        rope = get_3d_rotary_pos_embed(head, ((0, 0), (rows, columns)), (rows, columns), frames, device=noise.device)
+        frames, *size = self.config.trained_grid
+        head = self.config.hidden_size // self.config.num_heads
+        rope = get_3d_rotary_pos_embed(head, ((0, 0), size), size, frames, device=noise.device)
         timestep = torch.full((1,), ENTRY, device=noise.device)
 
         def run() -> Tensor:
@@ -151,16 +205,205 @@ def _network(setting: Setting) -> Contest:
 
         return Side(run=run, answer=lambda v: v.transpose(1, 2), modules=(model,))
 
+
+def _network(setting: Setting, sizes: Sizes) -> Contest:
+    config = sizes.network
+    asked = _Asked(config, setting)
+    frames, rows, columns = config.trained_grid
     return Contest(
         prepare=lambda folder: _write_network(folder, config, setting.dtype),
-        ours=ours,
-        peer=peer,
-        peer_name=f"diffusers {version('diffusers')}",
-        bar=NETWORK_BAR,
+        ours=lambda folder: asked.ours(_load_ours(folder, setting)),
+        peer=lambda folder: asked.peer(_load_theirs(folder, setting)),
+        peer_name=version_of("diffusers"),
+        bar=BAR,
         facts={
             "video_tokens": frames * rows * columns,
             "text_tokens": config.text_length,
             "width": config.hidden_size,
             "blocks": config.num_layers,
         },
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# codec
+
+
+def diffusers_vae(config: CodecConfig) -> AutoencoderKLCogVideoX:
+    """diffusers' VAE of the same dimensions, with weights of its own; it does not tile."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    levels = len(config.block_channels)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=config.block_channels,
+        down_block_types=("CogVideoXDownBlock3D",) * levels,
+        up_block_types=("CogVideoXUpBlock3D",) * levels,
+        latent_channels=config.latent_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.num_groups,
+        temporal_compression_ratio=config.temporal_compression,
+        scaling_factor=config.scaling_factor,
+    )
+
+
+def _codec(setting: Setting, sizes: Sizes) -> Contest:
+    config, latents = sizes.codec, sizes.codec_latents
+    shape = (1, config.latent_channels, *latents)
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(setting.device, setting.torch_dtype)
+
+    def prepare(folder: Path) -> None:
+        torch.manual_seed(0)
+        state = {name: tensor.to(setting.torch_dtype) for name, tensor in CogVideoXVAE(config).state_dict().items()}
+        save_checkpoint(folder / "vae.safetensors", state, family="cogvideox", part="codec", config=config)
+
+    def ours(folder: Path) -> Side:
+        header, _ = open_part(folder / "vae.safetensors", "codec")
+        vae = load_module(header, lambda: CogVideoXVAE(config), dtype=setting.torch_dtype, device=setting.device)
+        assert isinstance(vae, CogVideoXVAE)
+        codec = CogVideoXCodec(vae, config)
+
+        def run() -> Tensor:
+            with torch.inference_mode():
+                return codec.decode(z)
+
+        return Side(run=run, answer=lambda video: video, modules=(vae,))
+
+    def peer(folder: Path) -> Side:
+        vae = diffusers_vae(config)
+        header, _ = open_part(folder / "vae.safetensors", "codec")
+        vae.load_state_dict(read_tensors(header), assign=True)
+        vae.to(setting.device).eval().requires_grad_(False)
+        if setting.peer == "tiled":
+            vae.enable_tiling(*sizes.tile)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return vae.decode(z / config.scaling_factor, return_dict=False)[0]
+
+        return Side(run=run, answer=lambda video: video, modules=(vae,))
+
+    way = "enable_tiling()" if setting.peer == "tiled" else "its default"
+    return Contest(
+        prepare=prepare,
+        ours=ours,
+        peer=peer,
+        peer_name=f"{version_of('diffusers')}, {way}",
+        bar=BAR,
+        facts={
+            "latents": list(latents),
+            "video": [4 * (latents[0] - 1) + 1, 8 * latents[1], 8 * latents[2]],
+            "channels": list(config.block_channels),
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# text encoder
+
+
+def _text(setting: Setting, sizes: Sizes) -> Contest:
+    tokenizer = Tokenizer.from_words(["word"])
+    pad, eos = (tokenizer.id_of(word) for word in (PAD, EOS))
+    assert pad is not None
+    assert eos is not None
+    config = TextConfig(t5=sizes.t5, pad_token_id=pad, eos_token_id=eos)
+    prompt = " ".join(["word"] * (setting.valid_text - 1))  # and the token that ends it
+
+    def prepare(folder: Path) -> None:
+        with torch.device("meta"):
+            text = T5Text(config, tokenizer)
+        state, told = random_weights(text, setting.dtype), text.metadata()
+        path = folder / "text.safetensors"
+        save_checkpoint(path, state, family="cogvideox", part="text", config=config, metadata=told)
+
+    def ours(folder: Path) -> Side:
+        text = load_text(folder / "text.safetensors", dtype=setting.torch_dtype, device=setting.device)
+        assert isinstance(text, T5Text)
+
+        def run() -> Tensor:
+            with torch.inference_mode():
+                return text.encode([prompt]).context
+
+        return Side(run=run, answer=lambda states: states, modules=(text,))
+
+    def peer(folder: Path) -> Side:
+        encoder = _transformers_t5(sizes.t5, folder / "text.safetensors", setting)
+        with torch.device("meta"):
+            told = T5Text(config, tokenizer)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return encoder(told.tokenize([prompt]).to(setting.device))[0]
+
+        return Side(run=run, answer=lambda states: states, modules=(encoder,))
+
+    return Contest(
+        prepare=prepare,
+        ours=ours,
+        peer=peer,
+        peer_name=f"{version_of('transformers')}, as diffusers' pipeline calls it",
+        bar=BAR,
+        facts={"text_tokens": config.max_length, "width": sizes.t5.hidden_size, "layers": sizes.t5.num_layers},
+    )
+
+
+def _transformers_t5(dims: T5Dims, path: Path, setting: Setting) -> nn.Module:
+    """T5EncoderModel as published encoders are loaded."""
+    from transformers import T5Config, T5EncoderModel
+
+    model = T5EncoderModel(
+        T5Config(
+            vocab_size=dims.vocab_size,
+            d_model=dims.hidden_size,
+            d_kv=dims.head_size,
+            d_ff=dims.intermediate_size,
+            num_layers=dims.num_layers,
+            num_heads=dims.num_heads,
+            relative_attention_num_buckets=dims.num_buckets,
+            relative_attention_max_distance=dims.max_distance,
+            layer_norm_epsilon=dims.norm_eps,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    header, _ = open_part(path, "text")
+    model.encoder.load_state_dict({name.removeprefix("t5."): value for name, value in read_tensors(header).items()})
+    return model.to(setting.device, setting.torch_dtype).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# loader
+
+
+def _loader(setting: Setting, sizes: Sizes) -> Contest:
+    config = sizes.loader
+    asked = _Asked(config, setting)
+
+    def prepare(folder: Path) -> None:
+        _write_network(folder, config, "fp8" if setting.dtype == "fp8" else "bf16")
+
+    def ours(folder: Path) -> Side:
+        return loading(
+            lambda: _load_ours(folder, setting), lambda model: model.network, lambda model: asked.ours(model).run()
+        )
+
+    def peer(folder: Path) -> Side:
+        import diffusers
+
+        assert diffusers.CogVideoXTransformer3DModel  # imported before the clock runs
+
+        def answer(model: CogVideoXTransformer3DModel) -> Tensor:
+            side = asked.peer(model)
+            return side.answer(side.run())
+
+        return loading(lambda: _load_theirs(folder, setting), lambda model: model, answer)
+
+    with torch.device("meta"):
+        num_parameters = sum(tensor.numel() for tensor in CogVideoXTransformer(config).parameters())
+    return Contest(
+        prepare=prepare,
+        ours=ours,
+        peer=peer,
+        peer_name=version_of("diffusers"),
+        bar=BAR,
+        facts={"num_parameters": num_parameters, "file": "fp8" if setting.dtype == "fp8" else "bf16"},
     )

@@ -7,7 +7,7 @@ of its width; a loader's file of 200 MB. Bars are ratios of time, ours / theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from ..vidgen_core.text.features import TextFeatures
 from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, Tokenizer
 from ..vidgen_core.weights.load import load_module, read_tensors
 from ..vidgen_core.weights.save import save_checkpoint, save_tensors
-from .contest import Contest, Setting, Side, touch
+from .contest import Contest, Setting, Side, loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
@@ -146,10 +146,11 @@ def random_weights(module: nn.Module, dtype: str, *, seed: int = 0) -> dict[str,
     return state
 
 
-def _as_float8(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The blocks' linear weights as float8, the rest as it is."""
+def as_float8(state: Mapping[str, Tensor], blocks: Sequence[str]) -> dict[str, Tensor]:
+    """The linear weights of ``blocks`` (paths of lists of modules) as float8, the rest as it is."""
+    inside = tuple(f"{path}." for path in blocks)
     return {
-        name: tensor.to(torch.float8_e4m3fn) if "_blocks." in name and tensor.ndim == 2 else tensor
+        name: tensor.to(torch.float8_e4m3fn) if name.startswith(inside) and tensor.ndim == 2 else tensor
         for name, tensor in state.items()
     }
 
@@ -201,7 +202,7 @@ def _write_network(folder: Path, config: NetworkConfig, dtype: str) -> None:
     with torch.device("meta"):
         module, twin = HunyuanVideoTransformer(config), diffusers_network(config)
     state = random_weights(module, dtype)
-    native = _as_float8(state) if dtype == "fp8" else state
+    native = as_float8(state, ("double_blocks", "single_blocks")) if dtype == "fp8" else state
     save_checkpoint(folder / "network.safetensors", native, family="hunyuan", part="network", config=config)
     twin.save_config(folder / "diffusers")
     foreign = LAYOUTS["diffusers"].to_foreign(state)
@@ -230,7 +231,8 @@ def _load_theirs(folder: Path, setting: Setting) -> HunyuanVideoTransformer3DMod
     return model.to(setting.device).eval()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Name and version of a package."""
     from importlib.metadata import version
 
     return f"{package} {version(package)}"
@@ -304,7 +306,7 @@ def _network(setting: Setting, sizes: Sizes) -> Contest:
         prepare=lambda folder: _write_network(folder, config, setting.dtype),
         ours=ours,
         peer=peer,
-        peer_name=_version("diffusers"),
+        peer_name=version_of("diffusers"),
         bar=NETWORK_BARS.get(setting.valid_text),
         facts={
             "video_tokens": video,
@@ -363,7 +365,7 @@ def _codec(setting: Setting, sizes: Sizes) -> Contest:
         prepare=prepare,
         ours=ours,
         peer=peer,
-        peer_name=f"{_version('diffusers')}, {ways[setting.peer]}",
+        peer_name=f"{version_of('diffusers')}, {ways[setting.peer]}",
         bar=CODEC_BARS[setting.peer],
         facts={
             "latents": list(latents),
@@ -442,7 +444,7 @@ def _text(setting: Setting, sizes: Sizes) -> Contest:
         prepare=prepare,
         ours=ours,
         peer=peer,
-        peer_name=f"{_version('transformers')}, as diffusers' pipeline calls it",
+        peer_name=f"{version_of('transformers')}, as diffusers' pipeline calls it",
         bar=1.00,
         facts={
             "text_tokens": {"template": config.video_template.crop_start, "valid": setting.valid_text},
@@ -517,34 +519,24 @@ def _loader(setting: Setting, sizes: Sizes) -> Contest:
         _write_network(folder, config, "fp8" if setting.dtype == "fp8" else "bf16")
 
     def ours(folder: Path) -> Side:
-        def run() -> VideoModel:
-            model = _load_ours(folder, setting)
-            touch(model.network)
-            return model
-
         def answer(model: VideoModel) -> Tensor:
             noise, features = network_inputs(config, small, setting.valid_text, setting.device, setting.torch_dtype)
             with torch.inference_mode():
                 return forward_ours(model, noise, features)
 
-        return Side(run=run, answer=answer)
+        return loading(lambda: _load_ours(folder, setting), lambda model: model.network, answer)
 
     def peer(folder: Path) -> Side:
         import diffusers
 
         assert diffusers.HunyuanVideoTransformer3DModel  # imported before the clock runs
 
-        def run() -> HunyuanVideoTransformer3DModel:
-            model = _load_theirs(folder, setting)
-            touch(model)
-            return model
-
         def answer(model: HunyuanVideoTransformer3DModel) -> Tensor:
             noise, features = network_inputs(config, small, setting.valid_text, setting.device, setting.torch_dtype)
             with torch.no_grad():
                 return forward_theirs(model, noise, features, setting.torch_dtype)
 
-        return Side(run=run, answer=answer)
+        return loading(lambda: _load_theirs(folder, setting), lambda model: model, answer)
 
     with torch.device("meta"):
         num_parameters = sum(tensor.numel() for tensor in HunyuanVideoTransformer(config).parameters())
@@ -552,7 +544,7 @@ def _loader(setting: Setting, sizes: Sizes) -> Contest:
         prepare=prepare,
         ours=ours,
         peer=peer,
-        peer_name=_version("diffusers"),
+        peer_name=version_of("diffusers"),
         bar=1.00,
         facts={"num_parameters": num_parameters, "file": "fp8" if setting.dtype == "fp8" else "bf16"},
     )

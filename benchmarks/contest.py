@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+Model = TypeVar("Model")
 
 PARTS = ("network", "codec", "text", "loader")
 DTYPES = ("fp32", "bf16", "fp8")
@@ -49,6 +51,17 @@ class Side:
     """what ``run`` gave -> the numbers in which both sides must agree; not timed"""
     modules: tuple[nn.Module, ...] = ()
     """whose weights are brought into memory before a peak is measured"""
+
+
+def loading(load: Callable[[], Model], network: Callable[[Model], nn.Module], ask: Callable[[Model], Tensor]) -> Side:
+    """A side that reads a file until every weight lies in memory; it answers with what the loaded model computes."""
+
+    def run() -> Model:
+        model = load()
+        touch(network(model))
+        return model
+
+    return Side(run=run, answer=ask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

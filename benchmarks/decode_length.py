@@ -1,8 +1,9 @@
 """Memory of a decode by the length of the video: CogVideoX's VAE, which goes through a video group by group.
 
 The published width with random weights, float32, one thread. Each length is a process of its own; its memory is the
-peak above what was resident when the weights were there. Frames are handed on as they come and dropped, as a file
-takes them; ``--whole`` keeps the video as a tensor. ``--count`` counts bytes on the meta device and computes nothing.
+peak above what was resident when the weights were there. Frames are handed on as they come and dropped; ``--write``
+hands them to the writer of video files (ffmpeg, whose memory is its own), ``--whole`` keeps the video as a tensor.
+``--count`` counts bytes on the meta device and computes nothing.
 
     python -m vidgen.benchmarks.decode_length --frames 49 --frames 97 --size 240x360 --json FILE
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -23,6 +25,8 @@ from .full_size import commit
 from .render import forget_peak, machine, peak_bytes, status_bytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..vidgen_core.families.cogvideox.codec import CogVideoXCodec
 
 MAX_GROWTH = 1.10
@@ -39,6 +43,7 @@ class Task:
     part_of_width: int = 1
     """the VAE has the published channels divided by it"""
     whole: bool = False
+    write: bool = False
     count: bool = False
 
 
@@ -50,6 +55,18 @@ def build(part: int) -> CogVideoXCodec:
 
     widths = tuple(width // part for width in VAE_5B.block_channels)
     return CogVideoXCodec(CogVideoXVAE(CodecConfig(block_channels=widths, num_groups=max(1, 32 // part))).eval())
+
+
+def write(codec: CogVideoXCodec, latents: Tensor) -> None:
+    """Into an mp4 in a temporary folder, by the functions of the main path."""
+    from ..vidgen_core.bounded import Bound
+    from ..vidgen_core.generate import decode_frames
+    from ..vidgen_core.media import images_to_frames, video_to_images, write_video
+
+    frames = decode_frames(codec, latents, bound=Bound())  # this codec needs none
+    images = (video_to_images(frame[None, :, None])[0] for frame in frames)
+    with tempfile.TemporaryDirectory(prefix="vidgen-decode-length-") as folder:
+        write_video(Path(folder) / "video.mp4", images_to_frames(images), fps=8)
 
 
 def measure(task: Task) -> dict[str, Any]:
@@ -69,11 +86,14 @@ def measure(task: Task) -> dict[str, Any]:
         latents = torch.randn(1, *shape.latent_shape(codec.grid))
 
         def run(given: Any) -> Any:
+            if task.write:
+                return write(codec, given)
             return codec.decode(given) if task.whole else sum(part.shape[1] for part in codec.frames(given))
 
         if task.count:
             return asdict(task) | {"peak_bytes": cost_of(run, latents, modules=[codec]).peak - latents.nbytes}
-        codec.decode(torch.zeros(1, 16, 1, 2, 2))  # libraries are loaded and their buffers are made
+        first = torch.zeros(1, 16, 1, 8, 8)  # libraries are loaded and their buffers are made
+        write(codec, first) if task.write else codec.decode(first)
         forget_peak()
         before, started = status_bytes("self", "VmRSS"), time.process_time()
         run(latents)
@@ -112,14 +132,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", default="240x360", metavar="ROWSxCOLUMNS", help="in pixels (default 240x360)")
     parser.add_argument("--part-of-width", type=int, default=1, help="divide the VAE's channels (default 1)")
     parser.add_argument("--whole", action="store_true", help="keep the video as a tensor")
+    parser.add_argument("--write", action="store_true", help="write the frames into a video file as they come")
     parser.add_argument("--count", action="store_true", help="count on the meta device, compute nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.write and (arguments.whole or arguments.count):
+        parser.error("--write hands frames on as they come, and computes them")
     if arguments.once is not None:
         print(json.dumps(measure(Task(**json.loads(arguments.once)))))
         return
-    how = {name: getattr(arguments, name) for name in ("size", "part_of_width", "whole", "count")}
+    how = {name: getattr(arguments, name) for name in ("size", "part_of_width", "whole", "write", "count")}
     measured = []
     for frames in arguments.frames or (49, 97):
         measured.append(measure_fresh(Task(frames=frames, **how)))

@@ -1,11 +1,13 @@
-"""Encode a prompt with a LLaMA of the published size whose layers stay in the file: seconds and peak memory.
+"""Encode a prompt with text encoders of the published size whose layers stay in the file: seconds and peak memory.
 
     python -m vidgen.benchmarks.full_size_text --json benchmarks/results/full_size_text.json
+    python -m vidgen.benchmarks.full_size_text --family cogvideox
 
-Writes a LLaMA-3-8B of random float8 weights in ComfyUI's layout (9.1 GB, deleted afterwards), a CLIP-L of random
-weights, and two stub tokenizers: they know the words of the template and of the prompt, at ids of the published range.
-The real vocabularies are not ours to ship, and what a word's id is does not change the work. The path is the product's
-own: ``load_text``, then ``encode``, in a process of their own, so that the peak is theirs.
+Writes files of random weights (deleted afterwards) in ComfyUI's layouts: for HunyuanVideo a LLaMA-3-8B in float8
+(9.1 GB) and a CLIP-L, for CogVideoX the encoder of T5-XXL in float8 (5.2 GB). Beside them lie stub tokenizers: they
+know the words of the template and of the prompt, at ids of the published range. The real vocabularies are not ours to
+ship, and what a word's id is does not change the work. The path is the product's own: ``load_text``, then ``encode``,
+in a process of their own, so that the peak is theirs.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from ..vidgen_core.families.hunyuan.config import (
     ClipDims,
     LlamaDims,
 )
+from ..vidgen_core.text.dims import T5Dims
 from .full_size import GIB, Entry, commit, cost, measure_fresh, tell, write_random
 from .render import machine, peak_bytes
 
-BAR_BYTES = 4 * GIB
+BAR_BYTES = {"hunyuan": 4 * GIB, "cogvideox": 2 * GIB}
 """what the whole process may take at its peak"""
 PROMPT = "a red fox runs through deep snow at dawn, the camera follows it from the side, soft light, long shadows"
 
@@ -130,6 +133,35 @@ def clip_entries(dims: ClipDims) -> list[Entry]:
     return [(name, tuple(tensor.shape), "F16") for name, tensor in weights.items()]
 
 
+def t5_entries(dims: T5Dims) -> list[Entry]:
+    """T5's encoder as ComfyUI stores it in float8, with the embedding twice."""
+    import torch
+
+    from ..vidgen_core.text.t5 import build_t5
+
+    with torch.device("meta"):
+        weights = build_t5(dims).state_dict()
+    table = weights.pop("embed_tokens.weight")
+    entries: list[Entry] = [
+        (name, tuple(table.shape), "F16") for name in ("shared.weight", "encoder.embed_tokens.weight")
+    ]
+    for name, tensor in weights.items():
+        is_small = tensor.ndim == 2 and "relative" not in name
+        entries.append((f"encoder.{name}", tuple(tensor.shape), "F8_E4M3" if is_small else "F16"))
+        if is_small:
+            entries.append((f"encoder.{name.removesuffix('weight')}scale_weight", (), "F32"))
+    return [*entries, ("scaled_fp8", (0,), "F8_E4M3")]
+
+
+def stub_t5_tokenizer(*prompts: str) -> str:
+    """tokenizer.json of a tokenizer with T5's cuts and special ids, in which every word of ``prompts`` is a piece."""
+    from ..vidgen_core.text.sentencepiece import END, NORMAL, SPACE, UNKNOWN, unigram_tokenizer
+
+    words = dict.fromkeys(f"{SPACE}{word}" for prompt in prompts for word in prompt.split())
+    special = [("<pad>", 0.0, 0), (END, 0.0, 0), ("<unk>", 0.0, UNKNOWN)]
+    return unigram_tokenizer([*special, *((word, -1.0, NORMAL) for word in words)], b"").to_json()
+
+
 def write_encoders(folder: Path, llama: LlamaDims, clip: ClipDims) -> int:
     """llama.safetensors, clip.safetensors and the stub tokenizers; bytes of LLaMA's file. FileError on a full disk."""
     num_bytes = write_random(folder / "llama.safetensors", llama_entries(llama))
@@ -139,32 +171,45 @@ def write_encoders(folder: Path, llama: LlamaDims, clip: ClipDims) -> int:
     return num_bytes
 
 
+def write_t5(folder: Path, dims: T5Dims) -> int:
+    """t5.safetensors and the stub tokenizer; bytes of the file. FileError on a full disk."""
+    num_bytes = write_random(folder / "t5.safetensors", t5_entries(dims))
+    (folder / "t5.tokenizer.json").write_text(stub_t5_tokenizer(PROMPT), encoding="utf-8")
+    return num_bytes
+
+
 # ---------------------------------------------------------------------------------------------
 # loading and encoding
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Load the encoders with LLaMA's layers left in the file, and encode one prompt."""
+    """Load the encoders that lie in a folder with the layers of the large one left in the file; encode one prompt."""
     started = time.perf_counter()
     import torch
 
+    from ..vidgen_core.families.cogvideox.text import T5Text
     from ..vidgen_core.families.hunyuan.text import TextStack
     from ..vidgen_core.model import load_text
 
     seconds = {"import": time.perf_counter() - started}
     started = time.perf_counter()
-    stack = load_text(folder / "llama.safetensors", folder / "clip.safetensors", stream=True)
+    stack = load_text(*sorted(folder.glob("*.safetensors")), stream=True)
     seconds["load"] = time.perf_counter() - started
-    assert isinstance(stack, TextStack)
     peak_after_load = peak_bytes()
-    num_tokens = int(stack.tokenize([PROMPT]).mask.sum())
+    assert isinstance(stack, TextStack | T5Text)
+    if isinstance(stack, TextStack):
+        layers = stack.config.llama.num_layers - stack.config.llama.skip_layers
+        family, num_tokens = "hunyuan", int(stack.tokenize([PROMPT]).mask.sum())
+    else:
+        family, layers, num_tokens = "cogvideox", stack.config.t5.num_layers, stack.config.max_length
     started = time.perf_counter()
     features = stack.encode([PROMPT])
     seconds["encode"] = time.perf_counter() - started
     real = features.context[features.context_mask]
     return {
-        **cost(seconds, peak_after_load, BAR_BYTES),
-        "layers": stack.config.llama.num_layers - stack.config.llama.skip_layers,
+        "family": family,
+        **cost(seconds, peak_after_load, BAR_BYTES[family]),
+        "layers": layers,
         "tokens": num_tokens,
         "tokenizers": "stubs: one id per word of the template and the prompt, not the real vocabularies",
         "output": {
@@ -179,16 +224,18 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def run(folder: Path | None) -> dict[str, Any]:
+def run(family: str, folder: Path | None) -> dict[str, Any]:
     """Write, load, encode, delete; the whole report."""
     report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
     }
-    with tempfile.TemporaryDirectory(prefix="vidgen-full-size-text-", dir=folder) as place:
-        started = time.perf_counter()
-        num_bytes = write_encoders(Path(place), LlamaDims(), ClipDims())
+    with tempfile.TemporaryDirectory(prefix="vidgen-full-size-text-", dir=folder) as name:
+        started, place = time.perf_counter(), Path(name)
+        num_bytes = (
+            write_t5(place, T5Dims()) if family == "cogvideox" else write_encoders(place, LlamaDims(), ClipDims())
+        )
         report["checkpoint"] = {"bytes": num_bytes, "write_s": round(time.perf_counter() - started, 2)}
         return report | measure_fresh(__spec__.name, f"--once={place}")
 
@@ -196,6 +243,7 @@ def run(folder: Path | None) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m vidgen.benchmarks.full_size_text", description=description)
+    parser.add_argument("--family", choices=tuple(BAR_BYTES), default="hunyuan")
     parser.add_argument("--folder", type=Path, help="where the files are written; the system's temporary folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
@@ -203,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.once is not None:
         print(json.dumps(measure(arguments.once)))
         return
-    tell(lambda: run(arguments.folder), arguments.json)
+    tell(lambda: run(arguments.family, arguments.folder), arguments.json)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Case:
     height: int
     width: int
     dtype: str = "float32"
+    """or "float8": how the linear weights are stored; computed is in float32"""
     videos: int = 1
     guidance: str = "off"
     """off, batched, in turn"""
@@ -126,6 +127,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             stage="render", model=model, frames=frames, height=height, width=width, guidance="batched", budget=share
         )
+    yield from _cogvideox()
     # Far too little: these must be refused, and rightly.
     for model, frames, height, width in (
         ("large", 5, 128, 128),
@@ -133,9 +135,43 @@ def cases() -> Iterator[Case]:
         ("wide", 5, 256, 384),
         ("small", 33, 192, 192),
         ("bundled", 17, 128, 128),
+        ("cogvideox", 9, 128, 192),
     ):
         yield Case(
             stage="render", model=model, frames=frames, height=height, width=width, guidance="batched", budget=0.1
+        )
+
+
+def _cogvideox() -> Iterator[Case]:
+    for model, frames, height, width, dtype, guidance in (
+        ("cogvideox", 17, 320, 352, "float32", "off"),
+        ("cogvideox", 17, 240, 352, "float32", "in turn"),
+        ("cogvideox", 9, 320, 352, "bfloat16", "batched"),
+        ("cogvideox", 17, 320, 352, "float8", "off"),
+        ("cogvideox large", 9, 192, 256, "float8", "batched"),
+        ("cogvideox large", 9, 256, 256, "bfloat16", "off"),
+        ("cogvideox 1.5", 33, 320, 352, "float32", "off"),
+    ):
+        yield Case(
+            stage="sample", model=model, frames=frames, height=height, width=width, dtype=dtype, guidance=guidance
+        )
+    for stage, (rows, columns) in (("decode", (128, 160)), ("encode", (160, 192))):
+        for model, frames, height, width, dtype in (
+            ("cogvideox", 17, rows, columns, "float32"),
+            ("cogvideox", 33, rows, columns, "float32"),
+            ("cogvideox", 9, 256, 256, "bfloat16"),
+            ("cogvideox 1.5", 9, 128, 160, "float32"),
+        ):
+            yield Case(stage=stage, model=model, frames=frames, height=height, width=width, dtype=dtype)
+    yield Case(stage="decode", model="cogvideox", frames=9, height=192, width=256, tiles=(128, 16))
+    for model, dtype, guidance, share in (
+        ("cogvideox", "float32", "batched", None),
+        ("cogvideox", "bfloat16", "off", None),
+        ("cogvideox large", "float32", "batched", 0.8),
+        ("cogvideox", "float32", "batched", 0.6),
+    ):
+        yield Case(
+            stage="render", model=model, frames=9, height=128, width=192, dtype=dtype, guidance=guidance, budget=share
         )
 
 
@@ -190,6 +226,69 @@ def write_models(folder: Path) -> dict[str, Path]:
             )
 
     in_a_process(write)
+    return {name: folder / name for name in sizes} | _write_cogvideox(folder)
+
+
+def _write_cogvideox(folder: Path) -> dict[str, Path]:
+    sizes = {
+        # hidden size and blocks; channels of the VAE
+        "cogvideox tiny": (64, 1, (8, 8, 8, 8)),
+        "cogvideox": (512, 3, (16, 32, 32, 64)),
+        "cogvideox large": (768, 3, (16, 16, 16, 32)),
+        "cogvideox 1.5": (512, 3, (32, 64, 64, 128)),
+    }
+
+    def write() -> None:
+        import torch
+
+        from ..training.export import FILES
+        from ..training.text import caption_tokenizer
+        from ..vidgen_core.families.cogvideox.config import CodecConfig, NetworkConfig, TextConfig, defaults
+        from ..vidgen_core.families.cogvideox.network import CogVideoXTransformer
+        from ..vidgen_core.families.cogvideox.text import T5Text
+        from ..vidgen_core.families.cogvideox.vae import CogVideoXVAE
+        from ..vidgen_core.text.dims import T5Dims
+        from ..vidgen_core.text.tokenizer import EOS, PAD
+        from ..vidgen_core.weights.save import save_checkpoint
+
+        torch.manual_seed(0)
+        tokenizer = caption_tokenizer()
+        dims = T5Dims(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=2,
+            head_size=32,
+            intermediate_size=128,
+        )
+        ids = {"pad_token_id": tokenizer.id_of(PAD), "eos_token_id": tokenizer.id_of(EOS)}
+        for name, (width, layers, channels) in sizes.items():
+            network = NetworkConfig(hidden_size=width, num_heads=width // 64, num_layers=layers, text_width=64)
+            if name == "cogvideox 1.5":
+                network = replace(network, patch=(2, 2, 2), trained_grid=(11, 150, 150), rope_fit="slice")
+            codec = CodecConfig(block_channels=channels, layers_per_block=1, num_groups=8)
+            text = T5Text(TextConfig(t5=dims, **ids), tokenizer)
+            told = {
+                "network": {"vidgen.defaults": json.dumps(asdict(defaults(network)))},
+                "codec": {},
+                "text": text.metadata(),
+            }
+            modules = {"network": CogVideoXTransformer(network), "codec": CogVideoXVAE(codec), "text": text}
+            configs = {"network": network, "codec": codec, "text": text.config}
+            (folder / name).mkdir()
+            for part, module in modules.items():
+                for parameter in module.parameters():
+                    parameter.detach().mul_(0.5)
+                save_checkpoint(
+                    folder / name / FILES[part],
+                    module.state_dict(),
+                    family="cogvideox",
+                    part=part,
+                    config=configs[part],
+                    metadata=told[part],
+                )
+
+    in_a_process(write)
     return {name: folder / name for name in sizes}
 
 
@@ -236,8 +335,6 @@ class Bench:
             self.planners[name] = Planner(headers, found, rates=Rates(), baseline_bytes=0)
 
     def wish(self, case: Case) -> Any:
-        import torch
-
         from ..vidgen_core.planning import Wish
         from ..vidgen_core.types import VideoShape
 
@@ -248,7 +345,8 @@ class Bench:
             guided=case.guidance != "off",
             may_batch=case.guidance == "batched",
             num_text_tokens=NUM_TOKENS,
-            dtype=None if case.dtype == "float32" else getattr(torch, case.dtype),
+            dtype=_dtype(case),
+            storage=_storage(case),
             encodes_frames=case.frames if case.stage == "encode" else 0,
         )
 
@@ -283,8 +381,8 @@ class Bench:
             return_freed_memory()
             torch.set_num_threads(1)
             run = {"sample": sample, "decode": decode, "encode": encode, "render": render}[case.stage]
-            tiny = replace(case, model="tiny", frames=5, height=32, width=32, tiles=None)
-            run(tiny, self.models["tiny"])
+            name, frames = ("cogvideox tiny", 9) if case.model.startswith("cogvideox") else ("tiny", 5)
+            run(replace(case, model=name, frames=frames, height=32, width=32, tiles=None), self.models[name])
             gc.collect()
             baseline = status_bytes("self", "VmRSS")
             forget_peak()
@@ -299,7 +397,13 @@ class Bench:
 def _dtype(case: Case) -> Any:
     import torch
 
-    return None if case.dtype == "float32" else getattr(torch, case.dtype)
+    return None if case.dtype in ("float32", "float8") else getattr(torch, case.dtype)
+
+
+def _storage(case: Case) -> str:
+    from ..vidgen_core.memory.place import AUTO
+
+    return "float8" if case.dtype == "float8" else AUTO
 
 
 def sample(case: Case, path: Path | None) -> None:
@@ -311,15 +415,15 @@ def sample(case: Case, path: Path | None) -> None:
     from ..vidgen_core.types import Conditioning, VideoShape
 
     headers, found = find_parts(path)
-    model = network_of(headers["network"], found["network"], dtype=_dtype(case), stream=None)
+    model = network_of(headers["network"], found["network"], dtype=_dtype(case), storage=_storage(case), stream=None)
     grid = found["network"].family.grid(found["codec"].config)
     shape = VideoShape(num_frames=case.frames, height_px=case.height, width_px=case.width).latent_shape(grid)
     config = found["network"].config
 
     def told(num_tokens: int) -> Conditioning:
-        return Conditioning(
-            context=torch.randn(1, num_tokens, config.text_width), pooled=torch.randn(1, config.pooled_width)
-        )
+        num_tokens = getattr(config, "text_length", num_tokens)
+        pooled = torch.randn(1, getattr(config, "pooled_width", 0))
+        return Conditioning(context=torch.randn(1, num_tokens, config.text_width), pooled=pooled)
 
     guided = case.guidance != "off"
     settings = Sampling(
@@ -364,7 +468,7 @@ def render(case: Case, path: Path | None) -> None:
     from ..vidgen_core.media import images_to_frames, video_to_images
     from ..vidgen_core.types import VideoShape
 
-    bundle = load_bundle(path, dtype=_dtype(case))
+    bundle = load_bundle(path, dtype=_dtype(case), storage=_storage(case))
     settings = Sampling(num_steps=case.num_steps, cfg=1.0 if case.guidance == "off" else 6.0, threads=None)
     shape = VideoShape(num_frames=case.frames, height_px=case.height, width_px=case.width)
     images = video_to_images(generate(bundle, PROMPT, shape, settings))
@@ -395,12 +499,12 @@ def row_of(bench: Bench, case: Case) -> dict[str, Any]:
     }
 
 
-def predict_again(bench: Bench, file: Path) -> None:
+def predict_again(bench: Bench, file: Path, begins: tuple[str, ...]) -> None:
     """Give the rows of a result file the figures that the plan gives now; what was run with a budget stays."""
     report = json.loads(file.read_text("utf-8"))
     for row in report["rows"]:
         values = row["case"] | {"tiles": None if row["case"]["tiles"] is None else tuple(row["case"]["tiles"])}
-        if row["budget"] is None:
+        if row["budget"] is None and row["name"].startswith(begins):
             plan = bench.predict(Case(**values))
             row |= {"predicted": plan.peak_bytes, "ratio": round(plan.peak_bytes / row["measured"], 4)}
         print(line(row), flush=True)
@@ -450,6 +554,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..vidgen_core import generate  # noqa: F401
 
     torch.set_num_threads(1)
+    begins = tuple(arguments.only.split(","))
     rows: list[dict[str, Any]] = []
     if arguments.missing and arguments.json is not None and arguments.json.is_file():
         rows = json.loads(arguments.json.read_text("utf-8"))["rows"]
@@ -459,11 +564,11 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench({"bundled": None, **write_models(Path(folder))})
         if arguments.predict and arguments.json is not None:
-            predict_again(bench, arguments.json)
+            predict_again(bench, arguments.json, begins)
             return
         print(f"{'':<58}{'plan':>8}{'real':>8}{'ratio':>8}   MiB")
         for case in cases():
-            if case.name in done or not case.name.startswith(tuple(arguments.only.split(","))):
+            if case.name in done or not case.name.startswith(begins):
                 continue
             rows.append(row_of(bench, case))
             print(line(rows[-1]), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ def test_measures_and_counts() -> None:
     counted = measure(Task(frames=17, size="16x24", part_of_width=16, count=True))
     whole = measure(Task(frames=17, size="16x24", part_of_width=16, count=True, whole=True))
     assert 0 < counted["peak_bytes"] < whole["peak_bytes"]
+
+
+def test_frames_go_into_a_file() -> None:
+    assert measure(replace(SMALL, write=True))["write"]
 
 
 def test_a_length_that_cannot_be_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from vidgen.benchmarks import full_size_text
 from vidgen.vidgen_core.families.hunyuan.config import ClipDims, LlamaDims
 from vidgen.vidgen_core.model import load_text
+from vidgen.vidgen_core.text.dims import T5Dims
 from vidgen.vidgen_core.weights.header import read_header
 from vidgen.vidgen_core.weights.quantise import Float8Linear
 
@@ -46,6 +47,32 @@ def test_one_prompt_is_measured(folder: Path) -> None:
     assert report["tokens"] > 95
     assert set(report["seconds"]) == {"import", "load", "encode"}
     assert report["peak_rss_bytes"] >= report["peak_rss_after_load_bytes"] > 0
+
+
+T5 = T5Dims(vocab_size=160, hidden_size=256, num_layers=3, num_heads=2, intermediate_size=64)
+
+
+def test_the_file_of_t5_has_the_names_of_the_published_one() -> None:
+    path = Path(__file__).parent / "contracts" / "te_t5xxl__comfy_fp8_e4m3fn_scaled.json.gz"
+    with gzip.open(path, "rt") as file:
+        tensors = json.load(file)["tensors"]
+    kinds = {"F16": "float16", "F8_E4M3": "float8_e4m3fn", "F32": "float32"}
+    ours = {name: (list(shape), kinds[kind]) for name, shape, kind in full_size_text.t5_entries(T5Dims())}
+    assert ours == {name: (entry["shape"], entry["dtype"]) for name, entry in tensors.items()}
+
+
+def test_one_prompt_of_t5_is_measured(tmp_path: Path) -> None:
+    full_size_text.write_t5(tmp_path, T5)
+    report = full_size_text.measure(tmp_path)
+    assert report["family"] == "cogvideox"
+    assert report["layers"] == 3
+    assert report["output"]["context"] == [1, 226, 256]
+    assert report["output"]["finite"]
+    assert report["output"]["deviation"] > 0
+    text = load_text(tmp_path / "t5.safetensors")
+    ids = text.tokenize([full_size_text.PROMPT])[0]
+    assert len(set(ids.tolist())) > 15  # its words, the end and padding
+    assert 2 not in ids  # none of them unknown
 
 
 def test_streamed_layers_give_the_bits_of_resident_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from .lora import BlockStrengths, LoraUse, Mode, apply_loras, bind_to, can_merge
 from .memory.compiled import MODES, compiled, will_compile
 from .memory.host import memory_in_use
 from .memory.oom import Measure, relieved
-from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice
+from .memory.place import AS_FILE, AUTO, STORAGES, Storage, check_choice, held_as
 from .memory.plan import planned, room_on, small_as_float32, too_large_to_stay
 from .nn.backends import AttentionChoice
 from .nn.joint_blocks import computing_attention
@@ -394,9 +394,7 @@ def build_part(
     """
     check_choice(storage)
     part, device = found.family.parts[found.part], torch.device(device)
-    held = STORAGES.get(storage)
-    if held is not None and held.scaled == "no" and dtype in (None, held.dtype):
-        dtype, held = held.dtype, None  # plain weights
+    dtype, held = held_as(storage, dtype)
     keeps = storage == AS_FILE or (dtype is None and (bool(stream) or not _is_small(header, device)))
     if dtype is None and storage != AS_FILE:
         dtype = choose_dtype(header, device, streamed=bool(stream) or held is not None)

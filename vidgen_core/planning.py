@@ -24,7 +24,7 @@ from .guidance import cfg
 from .memory.cancel import check_cancelled
 from .memory.host import memory_in_use
 from .memory.live import Cost, LiveBytes, Work, cost_of, watched_memory
-from .memory.place import AUTO, STORAGES, resident_blocks
+from .memory.place import AUTO, held_as, prepare_storage, resident_blocks
 from .memory.plan import (
     Plan,
     Rates,
@@ -106,41 +106,39 @@ class _Weights:
         part = found.family.parts[found.part]
         with torch.device("meta"):
             module = part.build(found.config, header.metadata)
-        dtype = choose_dtype(header, device, streamed=streamed) if wish.dtype is None else wish.dtype
+        is_network = found.part == "network"
+        dtype, held = held_as(wish.storage, wish.dtype) if is_network else (wish.dtype, None)
+        if dtype is None:
+            dtype = choose_dtype(header, device, streamed=streamed or held is not None)
         kinds = {info.dtype for info in header.tensors.values() if info.dtype.is_floating_point}
         is_mapped = device.type == "cpu" and found.layout == "native" and kinds <= {dtype or torch.float32}
         if dtype is None:
             dtype = max(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
             is_mapped = device.type == "cpu" and found.layout == "native" and len(kinds) == 1
-        held = STORAGES.get(wish.storage) if found.part == "network" else None
         module = module.to(dtype).eval().requires_grad_(False)
-        lists = found.family.blocks if found.part == "network" else found.family.text.blocks.get(found.part, ())
+        lists = found.family.blocks if is_network else found.family.text.blocks.get(found.part, ())
         blocks = [block for path in lists for block in module.get_submodule(path).children()]
-        share = 1.0 if held is None else held.num_bytes(1024, 1024) / (1024 * 1024 * dtype.itemsize)
-        sizes = [round(share * _num_bytes(block)) for block in blocks]
-        dense, small = _num_bytes(module), sum(_num_bytes(block) for block in blocks)
+        numbers = [_numbers(block) for block in blocks]
+        if held is not None:
+            prepare_storage(module, held, lists, dtype)
+        sizes = [_num_bytes(block) for block in blocks]
         per_number = header.num_bytes / max(1, header.num_parameters)
 
-        def staging(block: nn.Module, size: int) -> int:
+        def staging(modules: Counter[str], size: int) -> int:
             if device.type != "cpu":
                 return 2 * size
-            modules: Counter[str] = Counter()
-            for name, tensor in block.state_dict().items():
-                modules[name.rpartition(".")[0]] += tensor.numel()
             joined = 1 if found.layout == "native" else 2
             read = per_number * (modules.total() + joined * max(modules.values(), default=0))
             return size * (1 if held is None else 2) + round(read)
 
         return cls(
             module=module,
-            num_bytes=dense - small + sum(sizes),
+            num_bytes=_num_bytes(module),
             is_mapped=is_mapped and held is None,
             file_bytes=header.num_bytes,
             blocks=tuple(sizes),
-            file_blocks=tuple(
-                round(per_number * sum(tensor.numel() for tensor in block.state_dict().values())) for block in blocks
-            ),
-            staging=tuple(map(staging, blocks, sizes)),
+            file_blocks=tuple(round(per_number * modules.total()) for modules in numbers),
+            staging=tuple(map(staging, numbers, sizes)),
         )
 
     @property
@@ -157,6 +155,14 @@ class _Weights:
         rest = [i for i in range(number) if i not in kept]
         passing = max((self.blocks[i] + self.file_blocks[i] for i in rest), default=0)
         return room, self.outside + sum(self.blocks[i] for i in kept), passing
+
+
+def _numbers(block: nn.Module) -> Counter[str]:
+    """How many weights each of its modules has, by path."""
+    modules: Counter[str] = Counter()
+    for name, tensor in block.state_dict().items():
+        modules[name.rpartition(".")[0]] += tensor.numel()
+    return modules
 
 
 def _num_bytes(module: nn.Module) -> int:
@@ -197,7 +203,8 @@ class _Remembering:
             with self.meter.not_counting():
                 like = torch.empty(x.shape, dtype=x.dtype, device="meta")
                 cost = cost_of(getattr(self._codec, what), like, modules=[self._module])
-            self.costs[key] = replace(cost, peak=cost.peak - like.nbytes)
+            given = like.nbytes
+            self.costs[key] = replace(cost, peak=cost.peak - given, with_weights=cost.with_weights - given)
         self.meter.skip(self.costs[key])
         return torch.zeros(self._result(what, x), dtype=self.dtype, device="meta")
 
@@ -228,8 +235,7 @@ class _Remembering:
         with watched_memory(self._module) as self.meter:
             run(self)
         meter, self.meter = self.meter, None
-        weights = max((cost.weights for cost in self.costs.values()), default=0)
-        return Cost(meter.peak, meter.work, max(weights, meter.weights))
+        return Cost(meter.peak, meter.work, meter.weights, with_weights=meter.with_weights)
 
 
 class _Exact:
@@ -587,6 +593,11 @@ class Planner:
         def one_pass() -> Cost:
             return self._kept((what, "one", shape, codec_dtype), lambda: self._one_pass(remembering, what, shape))
 
+        def passing(cost: Cost, coding: Coding) -> int:
+            if not weights.is_mapped:
+                return cost.peak
+            return cost.peak + one_pass().weights if isinstance(coding, Bound) else cost.with_weights
+
         codings: list[tuple[str, str, Coding, float]] = [("one pass", "exact, and the fastest", None, 1.0)]
         if which != "best":
             bounds = self._exact(remembering, what, shape, BOUNDS if which == "all" else BOUNDS[-1:])
@@ -618,9 +629,7 @@ class Planner:
                 Way(
                     name=name,
                     why=why,
-                    passing=lambda cost=cost, more=more: (
-                        cost().peak + more + (one_pass().weights if weights.is_mapped else 0)
-                    ),
+                    passing=lambda cost=cost, more=more, coding=coding: more + passing(cost(), coding),
                     work=lambda cost=cost: cost().work,
                     loaded=weights.num_bytes if is_first and not weights.is_mapped else 0,
                     settings={"tiling": coding},

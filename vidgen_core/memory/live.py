@@ -59,6 +59,8 @@ class Cost:
     """bytes of the weights that it reads"""
     kept: int = 0
     """bytes that stay afterwards: code that kernels made for its shapes"""
+    with_weights: int = 0
+    """bytes at the worst moment where weights are mapped to a file: each joins when it is first read, and stays"""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -72,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.with_weights = 0
         self.flops: dict[str, float] = {}
         self.moved = 0.0
         self.num_ops = 0
@@ -114,7 +116,7 @@ class LiveBytes(TorchDispatchMode):
             self.hold(tensor, untouched=packet in _EMPTY)
         workspace = WORKSPACES.get(packet)
         if workspace is not None:
-            self.peak = max(self.peak, before + workspace(args, kwargs, out))
+            self._note(before + workspace(args, kwargs, out))
         self._count(packet, args, kwargs, out, given, fresh)
         return out
 
@@ -157,7 +159,12 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, num_bytes: int) -> None:
         self.live += num_bytes
-        self.peak = max(self.peak, self.live)
+        self._note(self.live)
+
+    def _note(self, num_bytes: int) -> None:
+        """So many are there at some moment."""
+        self.peak = max(self.peak, num_bytes)
+        self.with_weights = max(self.with_weights, num_bytes + self.weights)
 
     def _let_go(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
@@ -166,6 +173,9 @@ class LiveBytes(TorchDispatchMode):
     def skip(self, cost: Cost) -> None:
         """Take the cost of something that was measured before, beside all that is alive now."""
         self.peak = max(self.peak, self.live + cost.peak)
+        again = cost.peak + self.weights  # the second time, weights are there from the start
+        self.with_weights = max(self.with_weights, self.live + max(cost.with_weights, again))
+        self.weights = max(self.weights, cost.weights)
         for kind, number in cost.work.flops.items():
             self.flops[kind] = self.flops.get(kind, 0.0) + number
         self.moved += cost.work.moved
@@ -313,4 +323,4 @@ def cost_of(run: Callable[..., Any], *inputs: Any, modules: Sequence[nn.Module] 
             if isinstance(leaf, Tensor):
                 meter.hold(leaf)
         run(*inputs)
-    return Cost(meter.peak, meter.work, meter.weights, meter.kept)
+    return Cost(meter.peak, meter.work, meter.weights, meter.kept, meter.with_weights)

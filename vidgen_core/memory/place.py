@@ -166,6 +166,18 @@ def check_choice(name: str) -> None:
         raise SettingsError("There is no such way to store weights", given=name, expected=", ".join(CHOICES))
 
 
+def held_as(name: str, dtype: torch.dtype | None) -> tuple[torch.dtype | None, Storage | None]:
+    """A choice of storage -> dtype of the module, and how its linear weights are stored besides; None: as plain ones.
+
+    Args:
+        dtype: asked for; None: whatever suits the storage.
+    """
+    storage = STORAGES.get(name)
+    if storage is not None and storage.scaled == "no" and dtype in (None, storage.dtype):
+        return storage.dtype, None
+    return dtype, storage
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
