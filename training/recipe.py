@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..vidgen_core.errors import FileError, RecipeError
-from ..vidgen_core.weights.config import config_from_dict
+from ..vidgen_core.families import FAMILIES
+from ..vidgen_core.weights.config import config_from_dict, unknown_name
 
 T = TypeVar("T")
 
@@ -104,6 +105,17 @@ def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     for override in overrides:
         _apply_override(table, override)
     return table
+
+
+def model_config(family: str, part: str, values: Mapping[str, Any]) -> Any:
+    """The config of a family's "network", "codec" or "text" from the table ``[model]`` of a recipe.
+
+    Raises:
+        RecipeError: there is no such family, or the table has an unknown key or a value of the wrong type.
+    """
+    if family not in FAMILIES:
+        raise unknown_name("family", family, list(FAMILIES), where="the recipe", error=RecipeError)
+    return config_from_dict(FAMILIES[family].parts[part].config, values, where="model", error=RecipeError)
 
 
 def require_positive(values: Mapping[str, float | None]) -> None:
