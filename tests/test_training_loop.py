@@ -23,7 +23,7 @@ from vidgen.training import checkpoint, cli
 from vidgen.training.discriminator import adversarial_losses
 from vidgen.training.loop import MAX_BAD_STEPS, Draw, Loop, Objective, mix
 from vidgen.training.optim import NEWTON_SCHULZ, Average, Muon, build_optimizers, learning_rate_factor, orthogonalise
-from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, read_recipe
+from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSettings, model_config, read_recipe
 from vidgen.training.team import ALONE, Team, spread
 from vidgen.training.vae import VaeRecipe
 from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, NumericsError, RecipeError
@@ -461,7 +461,10 @@ def test_bundled_recipes_are_valid():
     assert set(kinds) == set(cli.STAGES)
     for path in RECIPES.glob("*.toml"):
         stage = re.search('^stage = "([a-z]+)"', path.read_text("utf-8"), re.MULTILINE)[1]
-        assert read_recipe(path, kinds[stage]).stage == stage
+        recipe = read_recipe(path, kinds[stage])
+        assert recipe.stage == stage
+        if stage == "vae":
+            assert model_config(recipe.family, "codec", recipe.model).latent_channels == 24
 
 
 def test_the_page_on_training_explains_every_key_and_no_other():
@@ -494,7 +497,7 @@ def test_overrides_and_their_types():
     changed = read_recipe(path, VaeRecipe, ["run.name=other", "optimizer.lr=1", "model.block_channels=[8, 8]"])
     assert changed.run.name == "other"
     assert changed.optimizer.lr == 1.0
-    assert changed.model.block_channels == (8, 8)
+    assert model_config("hunyuan", "codec", changed.model).block_channels == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +507,7 @@ def test_overrides_and_their_types():
         ("optimiser.lr=1", "optimizer"),
         ("optimizer.lr='fast'", "float"),
         ("run.precision='fp8'", "fp32"),
-        ("model.block_channels=4", "tuple"),
+        ("model=4", "Mapping"),
         ("lr", "table.key=value"),
         ("stage.name=1", "no table"),
     ],
@@ -512,6 +515,13 @@ def test_overrides_and_their_types():
 def test_a_wrong_recipe_says_what_is_wrong(override, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(RECIPES / "tiny_hunyuan_vae.toml", VaeRecipe, [override])
+
+
+def test_a_wrong_model_says_what_is_wrong():
+    with pytest.raises(RecipeError, match="tuple"):
+        model_config("hunyuan", "codec", {"block_channels": 4})
+    with pytest.raises(RecipeError, match="spatial_compression"):
+        model_config("cogvideox", "codec", {"spatial_compression": 8})
 
 
 def test_impossible_numbers_are_refused(tmp_path):
