@@ -37,11 +37,14 @@ from vidgen.training.vae import (
 from vidgen.vidgen_core.codec import Codec
 from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, RecipeError
 from vidgen.vidgen_core.families.cogvideox.codec import CogVideoXCodec
+from vidgen.vidgen_core.families.cogvideox.config import CodecConfig as CogVideoXCodecConfig
+from vidgen.vidgen_core.families.cogvideox.vae import CogVideoXVAE
 from vidgen.vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
 from vidgen.vidgen_core.families.hunyuan.vae import CausalVAE
 from vidgen.vidgen_core.model import load_codec, load_network, open_part
 from vidgen.vidgen_core.types import Defaults
 from vidgen.vidgen_core.weights.header import read_header
+from vidgen.vidgen_core.weights.save import save_checkpoint
 
 CODEC = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=2, latent_channels=4)
 NETWORK = NetworkConfig(
@@ -117,6 +120,29 @@ def test_latents_are_those_of_the_codec_and_are_kept(tmp_path, tiny_bundle_dir):
     assert len(longer) == 12
     assert len(longer.chunks) == 2
     assert (folder / "000000.npy").stat().st_mtime_ns == before
+
+
+def test_latents_of_the_other_family_are_cached_too(tmp_path):
+    """Their folder depends on the encoder alone: the decoder may still be in training."""
+    config = CogVideoXCodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=2, latent_channels=4)
+    path, other = tmp_path / "cog.safetensors", tmp_path / "later.safetensors"
+    torch.manual_seed(4)
+    model = CogVideoXVAE(config)
+    save_checkpoint(path, model.state_dict(), family="cogvideox", part="codec", config=config)
+    settings = small_pool(tmp_path, num_clips=8)
+    cache, codec = latents.open_latents(settings, path), load_codec(path, dtype=torch.float32)
+    video = torch.from_numpy(pool.draw_clip(settings, 3)).float()[None] / 127.5 - 1
+    # float16 on disk: 11 bits of latents of size about 1.
+    torch.testing.assert_close(cache.video(3), codec.encode(video)[0].detach(), rtol=1e-3, atol=1e-3)
+    folder = latents.latent_folder(settings, latents.load_frozen_codec(path))
+    with torch.no_grad():
+        model.decoder.conv_out.conv.bias += 1
+    save_checkpoint(other, model.state_dict(), family="cogvideox", part="codec", config=config)
+    assert latents.latent_folder(settings, latents.load_frozen_codec(other)) == folder
+    with torch.no_grad():
+        model.encoder.conv_out.conv.bias += 1
+    save_checkpoint(other, model.state_dict(), family="cogvideox", part="codec", config=config)
+    assert latents.latent_folder(settings, latents.load_frozen_codec(other)) != folder
 
 
 # ---- VAE -----------------------------------------------------------------------------------------------------

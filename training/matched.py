@@ -241,6 +241,8 @@ def _set_cells(conv: nn.Conv2d, rows: Tensor, offsets: Tensor, num: int) -> None
 def set_matched_decoder(vae: CogVideoXVAE, latents: Tensor, videos: Tensor) -> None:
     """Start the decoder level by level with what comes nearest to the videos; training goes on from there.
 
+    Channels that a fit does not need keep their random features, for the residual blocks to make use of.
+
     Args:
         latents: (N, Z, T', H / 8, W / 8) of the videos at the VAE's scale.
         videos: (N, 3, T, H, W) in [-1, 1]; some sixty are enough.

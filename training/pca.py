@@ -152,7 +152,7 @@ def patches(x: Tensor, steps: tuple[int, ...]) -> Tensor:
 
 
 def _write_taps(conv: nn.Conv3d, weight: Tensor, steps: tuple[int, ...]) -> None:
-    """Put rows (K, taps C) that act on :func:`_patches` where the kernel's taps are."""
+    """Put rows (K, taps C) that act on :func:`patches` where the kernel's taps are."""
     times = (1, 2) if steps[0] == 2 else (2,)
     taps = [(t, i, j) for t in times for i in (1, 2) for j in (1, 2)]
     num = weight.shape[1] // len(taps)

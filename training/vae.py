@@ -407,7 +407,7 @@ class VaeObjective(Objective):
             {
                 "given_psnr_db": psnr_db(self._decoded(wanted), video),
                 "first_frame_db": psnr_db(out[:, :1], video[:, :1]),
-                "latent_error": self.scaling_factor * float((latents - wanted).square().mean().sqrt()),
+                "latent_error": self.scaling_factor * float((latents - wanted).detach().square().mean().sqrt()),
             },
         )
 
