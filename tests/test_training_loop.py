@@ -502,7 +502,7 @@ def test_overrides_and_their_types():
     changed = read_recipe(path, VaeRecipe, ["run.name=other", "optimizer.lr=1", "model.block_channels=[8, 8]"])
     assert changed.run.name == "other"
     assert changed.optimizer.lr == 1.0
-    assert changed.model.block_channels == (8, 8)
+    assert model_config("hunyuan", "codec", changed.model).block_channels == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_overrides_and_their_types():
         ("optimiser.lr=1", "optimizer"),
         ("optimizer.lr='fast'", "float"),
         ("run.precision='fp8'", "fp32"),
-        ("model.block_channels=4", "tuple"),
+        ("model=4", "Mapping"),
         ("lr", "table.key=value"),
         ("stage.name=1", "no table"),
     ],
@@ -520,6 +520,20 @@ def test_overrides_and_their_types():
 def test_a_wrong_recipe_says_what_is_wrong(override, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(RECIPES / "tiny_hunyuan_vae.toml", VaeRecipe, [override])
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "cogvideox"])
+def test_the_bundled_codecs_have_the_same_latents(family):
+    recipe = read_recipe(RECIPES / f"tiny_{family}_vae.toml", VaeRecipe)
+    assert recipe.family == family
+    assert model_config(recipe.family, "codec", recipe.model).latent_channels == 24
+
+
+def test_a_wrong_model_says_what_is_wrong():
+    with pytest.raises(RecipeError, match="tuple"):
+        model_config("hunyuan", "codec", {"block_channels": 4})
+    with pytest.raises(RecipeError, match="spatial_compression"):
+        model_config("cogvideox", "codec", {"spatial_compression": 8})
 
 
 def test_impossible_numbers_are_refused(tmp_path):

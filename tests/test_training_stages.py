@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vidgen.training import matched, vae
 from vidgen.training.data import latents, pool
 from vidgen.training.discriminator import PatchDiscriminator, adversarial_losses
 from vidgen.training.dit import DitEvaluationSettings, DitObjective, DitRecipe
+from vidgen.training.export import export_codec
 from vidgen.training.loop import Draw, Loop
 from vidgen.training.perceptual import PerceptualDistance
 from vidgen.training.pictures import contact_sheet
@@ -25,6 +27,7 @@ from vidgen.training.team import ALONE, Team
 from vidgen.training.vae import (
     VaeAdversarialSettings,
     VaeLossSettings,
+    VaeMatchSettings,
     VaeMixSettings,
     VaeObjective,
     VaeRecipe,
@@ -33,10 +36,15 @@ from vidgen.training.vae import (
 )
 from vidgen.vidgen_core.codec import Codec
 from vidgen.vidgen_core.errors import CheckpointError, FileError, MissingLibraryError, RecipeError
+from vidgen.vidgen_core.families.cogvideox.codec import CogVideoXCodec
+from vidgen.vidgen_core.families.cogvideox.config import CodecConfig as CogVideoXCodecConfig
+from vidgen.vidgen_core.families.cogvideox.vae import CogVideoXVAE
 from vidgen.vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
+from vidgen.vidgen_core.families.hunyuan.vae import CausalVAE
 from vidgen.vidgen_core.model import load_codec, load_network, open_part
 from vidgen.vidgen_core.types import Defaults
 from vidgen.vidgen_core.weights.header import read_header
+from vidgen.vidgen_core.weights.save import save_checkpoint
 
 CODEC = CodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=2, latent_channels=4)
 NETWORK = NetworkConfig(
@@ -61,6 +69,8 @@ def vae_recipe(folder: Path, **changes: object) -> VaeRecipe:
         "mix": VaeMixSettings(crop_frames=5, crop_px=16),
         "evaluation_clips": 2,
     } | changes
+    if is_dataclass(values["model"]):
+        values["model"] = asdict(values["model"])
     return VaeRecipe(**values)  # type: ignore[arg-type]
 
 
@@ -110,6 +120,29 @@ def test_latents_are_those_of_the_codec_and_are_kept(tmp_path, tiny_bundle_dir):
     assert len(longer) == 12
     assert len(longer.chunks) == 2
     assert (folder / "000000.npy").stat().st_mtime_ns == before
+
+
+def test_latents_of_the_other_family_are_cached_too(tmp_path):
+    """Their folder depends on the encoder alone: the decoder may still be in training."""
+    config = CogVideoXCodecConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, num_groups=2, latent_channels=4)
+    path, other = tmp_path / "cog.safetensors", tmp_path / "later.safetensors"
+    torch.manual_seed(4)
+    model = CogVideoXVAE(config)
+    save_checkpoint(path, model.state_dict(), family="cogvideox", part="codec", config=config)
+    settings = small_pool(tmp_path, num_clips=8)
+    cache, codec = latents.open_latents(settings, path), load_codec(path, dtype=torch.float32)
+    video = torch.from_numpy(pool.draw_clip(settings, 3)).float()[None] / 127.5 - 1
+    # float16 on disk: 11 bits of latents of size about 1.
+    torch.testing.assert_close(cache.video(3), codec.encode(video)[0].detach(), rtol=1e-3, atol=1e-3)
+    folder = latents.latent_folder(settings, latents.load_frozen_codec(path))
+    with torch.no_grad():
+        model.decoder.conv_out.conv.bias += 1
+    save_checkpoint(other, model.state_dict(), family="cogvideox", part="codec", config=config)
+    assert latents.latent_folder(settings, latents.load_frozen_codec(other)) == folder
+    with torch.no_grad():
+        model.encoder.conv_out.conv.bias += 1
+    save_checkpoint(other, model.state_dict(), family="cogvideox", part="codec", config=config)
+    assert latents.latent_folder(settings, latents.load_frozen_codec(other)) != folder
 
 
 # ---- VAE -----------------------------------------------------------------------------------------------------
@@ -321,6 +354,69 @@ def test_vae_starts_from_a_file(tmp_path, tiny_bundle_dir):
         VaeObjective(vae_recipe(tmp_path, init=str(tiny_bundle_dir / "network.safetensors")))
     with pytest.raises(FileError, match="does not exist"):
         VaeObjective(vae_recipe(tmp_path, init=str(tmp_path / "no.safetensors")))
+
+
+@pytest.fixture
+def matching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VaeRecipe:
+    """A CogVideoX VAE that is to have the latents of a HunyuanVideo VAE of random weights."""
+    for name, value in (("MATCH_CLIPS", 12), ("MATCH_DECODER_CLIPS", 6)):
+        monkeypatch.setattr(vae, name, value)
+    monkeypatch.setattr(matched, "POSITIONS", 8_000)
+    torch.manual_seed(3)
+    path = tmp_path / "other.safetensors"
+    export_codec(path, CausalVAE(CODEC), replace(CODEC, scaling_factor=2.5))
+    sizes = {"block_channels": (16, 32, 32, 32), "layers_per_block": 1, "num_groups": 4, "latent_channels": 4}
+    mix = VaeMixSettings(crop_frames=9, crop_px=16, image_share=0.3)
+    match = VaeMatchSettings(codec=str(path), weight=3.0)
+    return vae_recipe(tmp_path, family="cogvideox", model=sizes, mix=mix, match=match)
+
+
+def test_vae_matches_the_latents_of_another_family(tmp_path, matching):
+    objective = VaeObjective(matching)
+    other = latents.load_frozen_codec(matching.match.codec)
+    first = objective.evaluate(tmp_path, 0)
+    assert first.keys() == {"psnr_db", "psnr_worst_db", "given_psnr_db", "first_frame_db", "latent_error"}
+    written = load_codec(tmp_path / "vae.safetensors", dtype=torch.float32)
+    assert isinstance(written, CogVideoXCodec)
+    assert written.config.scaling_factor == other.config.scaling_factor == 2.5
+    clip = torch.from_numpy(pool.draw_clip(matching.pool, 1)).float()[None] / 127.5 - 1
+    with torch.no_grad():
+        error = (written.encode(clip) - other.encode(clip)).square().mean().sqrt()
+        nothing = (other.encode(clip) - other.encode(clip).mean()).square().mean().sqrt()
+    assert float(error) < 0.5 * float(nothing)  # in closed form already
+    run(objective).train()
+    # Of the averaged weights, 25 steps later: neither half has lost what it had.
+    codec = load_codec(tmp_path / "vae" / "vae.safetensors", dtype=torch.float32)
+    assert isinstance(codec, CogVideoXCodec)
+    last = objective.evaluate(tmp_path, 25)
+    assert last["psnr_db"] > first["psnr_db"]
+    assert last["latent_error"] < 1.2 * first["latent_error"]
+
+
+def test_vae_loss_with_a_codec_to_match_is_its_definition(tmp_path, matching):
+    objective = VaeObjective(replace(matching, loss=VaeLossSettings(gradient=0.0, kl=0.0)))
+    other = latents.load_frozen_codec(matching.match.codec)
+    batches = [objective.batch(Draw(seed=0, step=step, batch_size=2)) for step in range(8)]
+    batch = next(batch for batch in batches if batch.given.tolist() == [False, True])
+    assert {video.shape[2] for video in (each.video for each in batches)} == {1, 9}
+    with torch.no_grad():
+        parts = objective(batch)
+        mean, logvar = objective.vae.encode(batch.video)
+        wanted = other.encode(batch.video)
+        read = torch.cat([mean[:1], wanted[1:] / 2.5])
+        out = objective.vae.decode(read + logvar.mul(0.5).exp() * batch.noise)
+    match = (2.5 * mean - wanted).square().mean()
+    torch.testing.assert_close(parts["match"], match)
+    torch.testing.assert_close(parts["loss"], (out - batch.video).abs().mean() + 3.0 * match)
+
+
+def test_a_codec_that_cannot_be_matched_is_refused(tmp_path, matching):
+    with pytest.raises(RecipeError, match="another size"):
+        VaeObjective(replace(matching, model=matching.model | {"latent_channels": 5}))
+    with pytest.raises(RecipeError, match="principal components"):
+        VaeObjective(replace(matching, encoder="pca"))
+    with pytest.raises(RecipeError, match="hunyuan"):
+        VaeObjective(replace(matching, family="hunjuan"))
 
 
 # ---- diffusion transformer -------------------------------------------------------------------------------------

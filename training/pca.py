@@ -16,6 +16,7 @@ The way out of the encoder is not linear (norm, SiLU, convolution) but can be ma
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,22 @@ WHITENING = 0.5
 """component k of standard deviation s_k leaves with s_k ** (1 - WHITENING): fine detail keeps above the noise
 of diffusion, coarse structure keeps its lead"""
 POSTERIOR_STD = 0.05
+"""of every latent, where the encoder starts"""
 FIRST_FRAME_WEIGHT = 2.0
 """how much a patch of the first latent frame counts: it is encoded as if it stood still for 4 frames"""
+
+
+class Sizes(Protocol):
+    """What the ways out of an encoder and a decoder need to know of a codec's config, whatever its family."""
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def block_channels(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_groups(self) -> int: ...
 
 
 @torch.no_grad()
@@ -63,22 +78,25 @@ def set_encoder(vae: CausalVAE, videos: Tensor) -> Tensor:
     last = 2
     for level, block in enumerate(encoder.down_blocks[: last + 1]):
         steps = block.downsamplers[0].conv.conv.stride
-        patches = _patches(signal, steps)
+        cells = patches(signal, steps)
         room = config.latent_channels if level == last else config.block_channels[level]
-        basis, mean, spread = _components(patches, min(room, patches.shape[1]))
+        basis, mean, spread = _components(cells, min(room, cells.shape[1]))
         if level == last:
             scale = spread.clamp_min(1e-6) ** -WHITENING
             scale = scale / (spread * scale).square().mean().sqrt()
             basis, spread = basis * scale[None, :], spread * scale
         weight, bias = basis.T, -(mean @ basis)  # (K, patch), (K,)
         if level == last:
-            weight, bias = _paired(vae, weight, bias)
+            weight, bias = paired_rows(config, weight, bias)
         conv = block.downsamplers[0].conv.conv
         _clear(conv)
         _write_taps(conv, weight, steps)
         conv.bias[: len(bias)] = bias
-        signal = torch.einsum("nptyx,pk->nktyx", patches - mean[:, None, None, None], basis)
-    _set_exit(vae)
+        signal = torch.einsum("nptyx,pk->nktyx", cells - mean[:, None, None, None], basis)
+    set_encoder_exit(config, encoder.conv_norm_out, encoder.conv_out.conv)
+    _clear(vae.quant_conv)
+    for channel in range(2 * config.latent_channels):
+        vae.quant_conv.weight[channel, channel] = 1.0
     return spread
 
 
@@ -119,7 +137,7 @@ def _make_straight(layer: ResnetBlock) -> None:
             conv.weight[channel, channel] = 1.0
 
 
-def _patches(x: Tensor, steps: tuple[int, ...]) -> Tensor:
+def patches(x: Tensor, steps: tuple[int, ...]) -> Tensor:
     """(N, C, T, H, W) -> (N, taps C, T', H / 2, W / 2): what taps 1 and 2 of a strided causal kernel see.
 
     In time the pair of output k is (2 k - 1, 2 k), and (0, 0) for the first. Order: (time, row, column, channel).
@@ -134,7 +152,7 @@ def _patches(x: Tensor, steps: tuple[int, ...]) -> Tensor:
 
 
 def _write_taps(conv: nn.Conv3d, weight: Tensor, steps: tuple[int, ...]) -> None:
-    """Put rows (K, taps C) that act on :func:`_patches` where the kernel's taps are."""
+    """Put rows (K, taps C) that act on :func:`patches` where the kernel's taps are."""
     times = (1, 2) if steps[0] == 2 else (2,)
     taps = [(t, i, j) for t in times for i in (1, 2) for j in (1, 2)]
     num = weight.shape[1] // len(taps)
@@ -142,11 +160,11 @@ def _write_taps(conv: nn.Conv3d, weight: Tensor, steps: tuple[int, ...]) -> None
         conv.weight[: len(weight), :num, t, i, j] = weight[:, index * num : (index + 1) * num]
 
 
-def _components(patches: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+def _components(cells: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``num`` principal directions (P, num), the mean (P,), and standard deviations (num,)."""
-    weights = torch.ones(patches.shape[2], dtype=torch.float64)
+    weights = torch.ones(cells.shape[2], dtype=torch.float64)
     weights[0] = FIRST_FRAME_WEIGHT
-    flat = patches.movedim(1, -1).double()  # (N, T, H, W, P)
+    flat = cells.movedim(1, -1).double()  # (N, T, H, W, P)
     weights = (weights / weights.sum())[None, :, None, None, None] / (flat.shape[0] * flat.shape[2] * flat.shape[3])
     mean = (flat * weights).sum((0, 1, 2, 3))
     centred = ((flat - mean) * weights.sqrt()).flatten(0, 3)
@@ -158,9 +176,8 @@ def _components(patches: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
     return (basis * signs).float(), mean.float(), spread.float()
 
 
-def _slots(vae: CausalVAE) -> list[tuple[int, int]]:
+def _slots(config: Sizes) -> list[tuple[int, int]]:
     """(plus, minus) channel of each latent on its way to the exit; the last two of a group are constants."""
-    config = vae.config
     per_group = config.block_channels[-1] // config.num_groups
     free = [g * per_group + 2 * i for g in range(config.num_groups) for i in range(per_group // 2 - 1)]
     # spread the strong components over the groups, so that all groups have about the same energy
@@ -169,12 +186,11 @@ def _slots(vae: CausalVAE) -> list[tuple[int, int]]:
     return [(free[k], free[k] + 1) for k in order[: config.latent_channels]]
 
 
-def _paired(vae: CausalVAE, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def paired_rows(config: Sizes, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Rows for the last strided convolution: each component and its negative, and the constants in the bias."""
-    config = vae.config
     width = config.block_channels[-1]
     rows, offsets = weight.new_zeros(width, weight.shape[1]), bias.new_zeros(width)
-    for k, (plus, minus) in enumerate(_slots(vae)):
+    for k, (plus, minus) in enumerate(_slots(config)):
         rows[plus], rows[minus] = weight[k], -weight[k]
         offsets[plus], offsets[minus] = bias[k], -bias[k]
     per_group = width // config.num_groups
@@ -184,22 +200,17 @@ def _paired(vae: CausalVAE, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     return rows, offsets
 
 
-def _set_exit(vae: CausalVAE) -> None:
+def set_encoder_exit(config: Sizes, norm: nn.GroupNorm, conv: nn.Conv3d) -> None:
     """Undo the scale of the norm, join the pairs, and give every latent the same small posterior spread."""
-    config = vae.config
-    encoder, per_group = vae.encoder, config.block_channels[-1] // config.num_groups
-    nn.init.ones_(encoder.conv_norm_out.weight)
-    nn.init.zeros_(encoder.conv_norm_out.bias)
-    conv = encoder.conv_out.conv
+    per_group = config.block_channels[-1] // config.num_groups
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
     _clear(conv)
-    norm = CONSTANT * math.sqrt(2 / per_group)  # what the group norm divides by, but for the components' own part
-    for k, (plus, minus) in enumerate(_slots(vae)):
-        conv.weight[k, plus, 2, 1, 1], conv.weight[k, minus, 2, 1, 1] = norm, -norm
+    scale = CONSTANT * math.sqrt(2 / per_group)  # what the group norm divides by, but for the components' own part
+    for k, (plus, minus) in enumerate(_slots(config)):
+        conv.weight[k, plus, 2, 1, 1], conv.weight[k, minus, 2, 1, 1] = scale, -scale
     assert conv.bias is not None
     conv.bias[config.latent_channels :] = 2 * math.log(POSTERIOR_STD)
-    _clear(vae.quant_conv)
-    for channel in range(2 * config.latent_channels):
-        vae.quant_conv.weight[channel, channel] = 1.0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,9 +255,13 @@ def set_decoder(vae: CausalVAE, latents: Tensor, videos: Tensor) -> None:
         decoder.conv_in.conv.weight[channel] = 0.0
         decoder.conv_in.conv.weight[channel, channel, 2, 1, 1] = 1.0
 
-    pairs = _patches(_patches(videos, (1, 2, 2)), (2, 2, 2))  # 2 frames x 4 x 4 px
+    pairs = patches(patches(videos, (1, 2, 2)), (2, 2, 2))  # 2 frames x 4 x 4 px
     fours = torch.cat([torch.cat([pairs[:, :, :1], pairs[:, :, 1::2]], dim=2), pairs[:, :, ::2]], dim=1)
-    targets = (_leading(fours, vae.config.block_channels[-1]), _leading(_patches(videos, (2, 2, 2)), 24), videos)
+    targets = (
+        components_of_equal_spread(fours, vae.config.block_channels[-1]),
+        components_of_equal_spread(patches(videos, (2, 2, 2)), 24),
+        videos,
+    )
     signal = decoder.conv_in(vae.post_quant_conv(latents))
     for block, steps, target in zip(decoder.up_blocks[:3], level_steps(vae.config)[:3], targets, strict=True):
         for layer in block.resnets:
@@ -254,19 +269,19 @@ def set_decoder(vae: CausalVAE, latents: Tensor, videos: Tensor) -> None:
         upsampler = block.upsamplers[0]
         weight, bias = _fitted(signal, steps, target)
         if target is videos:
-            weight, bias = _exit_layout(vae, weight, bias)
+            weight, bias = exit_rows(vae.config, weight, bias)
         upsampler.conv.conv.weight[: len(weight)] = weight
         upsampler.conv.conv.bias[: len(bias)] = bias
         signal = upsampler(signal)
-    _set_decoder_exit(vae, videos)
+    set_decoder_exit(vae.config, decoder.conv_norm_out, decoder.conv_out.conv, videos)
 
 
-def _leading(patches: Tensor, num: int) -> Tensor:
+def components_of_equal_spread(cells: Tensor, num: int) -> Tensor:
     """(N, P, T, H, W) -> (N, min(num, P), T, H, W): coordinates along the leading principal directions, of equal
     spread: a step of training must not shake the brightness of everything because its channel is the loudest."""
-    basis, mean, spread = _components(patches, min(num, patches.shape[1]))
+    basis, mean, spread = _components(cells, min(num, cells.shape[1]))
     basis = basis / spread.clamp_min(0.02 * float(spread[0]))
-    return torch.einsum("nptyx,pk->nktyx", patches - mean[:, None, None, None], basis)
+    return torch.einsum("nptyx,pk->nktyx", cells - mean[:, None, None, None], basis)
 
 
 def _fitted(x: Tensor, steps: tuple[int, int, int], target: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,10 +309,9 @@ def _fitted(x: Tensor, steps: tuple[int, int, int], target: Tensor) -> tuple[Ten
     return solution[:-1].T.reshape(num_targets, x.shape[1], 3, 3, 3), solution[-1]
 
 
-def _exit_layout(vae: CausalVAE, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def exit_rows(config: Sizes, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Rows for the last upsampling: in each group of the norm a colour, its negative and two constants."""
-    width = vae.config.block_channels[0]
-    per_group = width // vae.config.num_groups
+    per_group = config.block_channels[0] // config.num_groups
     rows, offsets = weight.new_zeros(3 * per_group, *weight.shape[1:]), bias.new_zeros(3 * per_group)
     for colour in range(3):
         first = colour * per_group
@@ -307,19 +321,17 @@ def _exit_layout(vae: CausalVAE, weight: Tensor, bias: Tensor) -> tuple[Tensor, 
     return rows, offsets
 
 
-def _set_decoder_exit(vae: CausalVAE, videos: Tensor) -> None:
+def set_decoder_exit(config: Sizes, norm: nn.GroupNorm, conv: nn.Conv3d, videos: Tensor) -> None:
     """silu(a) - silu(-a) = a again, times what the norm has divided by."""
-    decoder = vae.decoder
-    per_group = vae.config.block_channels[0] // vae.config.num_groups
-    nn.init.ones_(decoder.conv_norm_out.weight)
-    nn.init.zeros_(decoder.conv_norm_out.bias)
-    conv = decoder.conv_out.conv
+    per_group = config.block_channels[0] // config.num_groups
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
     _clear(conv)
     for colour in range(3):
         energy = 2 * (DECODER_CONSTANT**2 + float(videos[:, colour].square().mean()))
-        norm = math.sqrt(energy / per_group)
-        conv.weight[colour, colour * per_group, 2, 1, 1] = norm
-        conv.weight[colour, colour * per_group + 1, 2, 1, 1] = -norm
+        scale = math.sqrt(energy / per_group)
+        conv.weight[colour, colour * per_group, 2, 1, 1] = scale
+        conv.weight[colour, colour * per_group + 1, 2, 1, 1] = -scale
 
 
 # ---------------------------------------------------------------------------------------------

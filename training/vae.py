@@ -1,10 +1,13 @@
-"""Training of the causal VAE: L1, a perceptual surrogate and a small KL term, on crops, clips and images.
+"""Training of a causal VAE of any family: L1, a perceptual surrogate and a small KL term, on crops, clips, images.
 
 Two more terms are there for who wants them: a perceptual network from a file of the user's, and a discriminator.
 
 The mix follows HunyuanVideo's report (arXiv 2412.03603, section 4.1): videos and images 4 : 1, a random interval
 between frames, no start from an image VAE. Most batches are crops, because eight of them cost what one clip
 costs; the share of whole clips grows over the run, because the norms see the whole extent when the VAE is used.
+
+A VAE can also be made to have the latents of another one (``[match]``), so that a diffusion network of its family
+can learn on the other's, and from the other's network.
 """
 
 from __future__ import annotations
@@ -21,17 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..vidgen_core.codec import ScaledCodec
 from ..vidgen_core.errors import RecipeError
-from ..vidgen_core.families.hunyuan.config import CodecConfig
+from ..vidgen_core.families import FAMILIES
+from ..vidgen_core.families.cogvideox.vae import CogVideoXVAE
 from ..vidgen_core.families.hunyuan.vae import CausalVAE
 from ..vidgen_core.weights.save import save_checkpoint
+from .data.latents import load_frozen_codec
 from .data.pool import PoolSettings, draw_clip, drawing_odds, open_pool, pick, scene_of
 from .discriminator import PatchDiscriminator, adversarial_losses
 from .loop import Draw, Objective
+from .matched import set_matched_decoder, set_matched_encoder
 from .pca import set_decoder, set_encoder, without_idle_branches
 from .perceptual import PerceptualDistance
 from .pictures import contact_sheet
-from .recipe import OptimizerSettings, RunSettings, ScheduleSettings, require_positive
+from .recipe import OptimizerSettings, RunSettings, ScheduleSettings, model_config, require_positive
 from .start import start_from
 from .team import ALONE, Team
 
@@ -39,6 +46,11 @@ log = logging.getLogger("vidgen")
 
 PCA_CLIPS = 256
 """clips whose principal components a closed-form encoder takes"""
+
+MATCH_CLIPS = 128
+"""clips on which an encoder is fitted to the latents of another one"""
+MATCH_DECODER_CLIPS = 48
+"""and its decoder"""
 
 Kind = Literal["crop", "clip", "image"]
 
@@ -86,24 +98,39 @@ class VaeMixSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VaeMatchSettings:
+    """Latents like those of another VAE of the same grid, whatever its family."""
+
+    codec: str
+    """its file"""
+    weight: float = 1.0
+    """of the mean squared distance from its latents, at unit scale"""
+    given_share: float = 0.5
+    """of the samples, how many are decoded from its latents in place of the own ones"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VaeRecipe:
     """``stage = "vae"``."""
 
     stage: Literal["vae"]
     run: RunSettings
+    family: str = "hunyuan"
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    model: CodecConfig = field(default_factory=CodecConfig)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """fields of the family's ``CodecConfig``"""
     pool: PoolSettings = field(default_factory=PoolSettings)
     loss: VaeLossSettings = field(default_factory=VaeLossSettings)
     adversarial: VaeAdversarialSettings = field(default_factory=VaeAdversarialSettings)
     mix: VaeMixSettings = field(default_factory=VaeMixSettings)
+    match: VaeMatchSettings | None = None
     evaluation_clips: int = 24
     init: str | None = None
     """a codec file to start from"""
     encoder: Literal["trained", "pca"] = "trained"
     """pca: closed form (``pca.py``) and frozen, so that latents stay what they are while the decoder learns, which
-    starts in closed form too"""
+    starts in closed form too; HunyuanVideo only"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +143,10 @@ class VaeBatch:
     """(B, C, T', H', W'), of the posterior samples"""
     adversarial: bool = False
     """whether the discriminator takes part"""
+    wanted: Tensor | None = None
+    """(B, C, T', H', W') latents of the VAE to be matched, at this one's scale"""
+    given: Tensor | None = None
+    """(B,) whether the decoder reads these"""
 
 
 class VaeObjective(Objective):
@@ -128,18 +159,23 @@ class VaeObjective(Objective):
         torch.manual_seed(recipe.run.seed)
         self.recipe = recipe
         self._check()
-        self.vae = CausalVAE(recipe.model)
+        self.config = model_config(recipe.family, "codec", recipe.model)
+        self.vae: Any = FAMILIES[recipe.family].parts["codec"].build(self.config, {})
         self.scaling_factor: float | None = None
         if recipe.init is not None:
-            start = start_from(recipe.init, "codec", self.vae, recipe.model, ignore=("scaling_factor",))
+            start = start_from(recipe.init, "codec", self.vae, self.config, ignore=("scaling_factor",))
             # With a frozen encoder the latents stay those that a transformer was trained on, their scale included.
             self.scaling_factor = start.scaling_factor if recipe.encoder == "pca" else None
         scenes = [scene_of(recipe.pool, index)[0] for index in range(recipe.pool.num_clips)]
         self.odds = drawing_odds(scenes, recipe.mix.emphasis)
         self.pool = open_pool(recipe.pool, processes=recipe.run.processes)
-        self.light: list[CausalVAE] = []  # in a list: it shares its parameters with ``vae`` and must not count twice
+        # In lists: one shares its parameters with ``vae`` and must not count twice, the other is not trained.
+        self.light: list[CausalVAE] = []
+        self.other: list[ScaledCodec] = []
         if recipe.encoder == "pca":
             self._freeze_encoder()
+        if recipe.match is not None:
+            self._match(recipe.match)
         self.perceptual: PerceptualDistance | None = None
         if recipe.loss.perceptual:
             assert recipe.loss.perceptual_network is not None
@@ -159,6 +195,12 @@ class VaeObjective(Objective):
                 given=f"loss.perceptual = {loss.perceptual}",
                 do="set loss.perceptual_network to a safetensors file with VGG16's features, or loss.perceptual to 0",
             )
+        if self.recipe.encoder == "pca" and (self.recipe.family != "hunyuan" or self.recipe.match is not None):
+            raise RecipeError(
+                "The encoder of principal components is HunyuanVideo's, with latents of its own",
+                given=f"family = {self.recipe.family!r}" + (", [match]" if self.recipe.match else ""),
+                do='set encoder to "trained"',
+            )
         if not 0 <= adversarial.start < 1:
             raise RecipeError(
                 "The discriminator has no time to begin",
@@ -176,9 +218,7 @@ class VaeObjective(Objective):
 
     def _freeze_encoder(self) -> None:
         if self.recipe.init is None:
-            still = replace(self.recipe.pool, max_interval=1)
-            clips = [torch.from_numpy(draw_clip(still, i)) for i in range(PCA_CLIPS)]
-            videos = torch.stack(clips).float() / 127.5 - 1
+            videos = self._first_clips(PCA_CLIPS)
             set_encoder(self.vae, videos)
             videos = videos[: PCA_CLIPS // 5]
             with torch.no_grad():
@@ -187,6 +227,41 @@ class VaeObjective(Objective):
         for part in (self.vae.encoder, self.vae.quant_conv):
             part.requires_grad_(False)
         self.light.append(without_idle_branches(self.vae))
+
+    def _first_clips(self, num: int) -> Tensor:
+        """(num, 3, T, H, W) in [-1, 1], at the usual speed."""
+        still = replace(self.recipe.pool, max_interval=1)
+        return torch.stack([torch.from_numpy(draw_clip(still, i)) for i in range(num)]).float() / 127.5 - 1
+
+    def _match(self, settings: VaeMatchSettings) -> None:
+        """Take the scale of the other VAE; without a file to start from, start in closed form where there is one."""
+        other = load_frozen_codec(settings.codec)
+        if other.grid.channels != self.vae.grid.channels or not _same_cells(other, self.vae):
+            raise RecipeError(
+                "The latents to be matched are of another size",
+                given=f"{other.grid} of {settings.codec}",
+                expected=str(self.vae.grid),
+            )
+        self.other.append(other)
+        self.scaling_factor = other.config.scaling_factor
+        self.metrics += ("match",)
+        if self.recipe.init is not None or not isinstance(self.vae, CogVideoXVAE):
+            return
+        log.info("Fitting encoder and decoder to the latents of %s", settings.codec)
+        videos = self._first_clips(MATCH_CLIPS)
+        latents = torch.cat([self._wanted(part) for part in videos.split(8)])
+        set_matched_encoder(self.vae, videos, latents)
+        videos, latents = videos[:MATCH_DECODER_CLIPS], latents[:MATCH_DECODER_CLIPS]
+        half = MATCH_DECODER_CLIPS // 2
+        with torch.no_grad():
+            own = torch.cat([self.vae.encode(part)[0] for part in videos[:half].split(8)])
+        set_matched_decoder(self.vae, torch.cat([own, latents[half:]]), videos)
+
+    def _wanted(self, video: Tensor) -> Tensor:
+        """The other VAE's latents, at the scale of this one."""
+        other = self.other[0]
+        with torch.no_grad(), torch.autocast(video.device.type, enabled=False):
+            return other.to(video.device).encode(video) / other.config.scaling_factor
 
     def is_hidden(self, name: str) -> bool:
         outer = ("encoder.conv_in.", "decoder.conv_out.")
@@ -214,7 +289,12 @@ class VaeObjective(Objective):
         noise = torch.stack([torch.randn(latent_shape, generator=g) for g in generators])
         device = next(self.vae.parameters()).device
         adversarial = self.discriminator is not None and draw.position >= self.recipe.adversarial.start
-        return VaeBatch(video.to(device).float() / 127.5 - 1, noise.to(device), adversarial)
+        batch = VaeBatch(video.to(device).float() / 127.5 - 1, noise.to(device), adversarial)
+        if self.recipe.match is None:
+            return batch
+        chances = torch.cat([torch.rand(1, generator=g) for g in generators])
+        given = (chances < self.recipe.match.given_share).to(device)
+        return replace(batch, wanted=self._wanted(batch.video), given=given)
 
     def _kind(self, draw: Draw) -> Kind:
         mix = self.recipe.mix
@@ -246,7 +326,10 @@ class VaeObjective(Objective):
     def forward(self, batch: VaeBatch) -> dict[str, Tensor]:
         video, settings = batch.video, self.recipe.loss
         mean, logvar = self._encode(video)
-        out = self.vae.decode(mean + (0.5 * logvar).exp() * batch.noise).float()
+        latents = mean
+        if batch.wanted is not None and batch.given is not None:
+            latents = torch.where(batch.given.view(-1, 1, 1, 1, 1), batch.wanted, mean)
+        out = self.vae.decode(latents + (0.5 * logvar).exp() * batch.noise).float()
         square = (out - video).square().mean()
         parts = {
             "l1": (out - video).abs().mean(),
@@ -256,6 +339,11 @@ class VaeObjective(Objective):
         loss = (
             parts["l1"] + settings.gradient * parts["gradient"] + settings.square * square + settings.kl * parts["kl"]
         )
+        if batch.wanted is not None:
+            assert self.recipe.match is not None
+            assert self.scaling_factor is not None
+            parts["match"] = (self.scaling_factor * (mean - batch.wanted)).square().mean()
+            loss = loss + self.recipe.match.weight * parts["match"]
         if self.perceptual is not None:
             parts["perceptual"] = self.perceptual(out, video)
             loss = loss + settings.perceptual * parts["perceptual"]
@@ -279,32 +367,63 @@ class VaeObjective(Objective):
     # ---- judging -------------------------------------------------------------------------------------------
 
     def evaluate(self, folder: Path, step: int, team: Team = ALONE) -> dict[str, float]:
-        """PSNR in dB on unseen clips (all combinations of attributes, other seeds), mean and worst clip."""
+        """PSNR in dB on unseen clips (all combinations of attributes, other seeds), mean and worst clip.
+
+        With a VAE to be matched also the mean PSNR of its latents decoded, of the first frames, and how far the own
+        latents are from it (root mean square at unit scale); and the file is written as the weights are now.
+        """
         unseen = replace(self.recipe.pool, split="all", seed=self.recipe.pool.seed + 104729, max_interval=1)
         numbers = team.share(range(self.recipe.evaluation_clips))
-        pairs = [self._reconstruct(torch.from_numpy(draw_clip(unseen, i))) for i in numbers]
-        scores = team.gather([psnr_db(out, video) for video, out in pairs])
-        if not scores:
+        pairs, seen = [], []
+        for i in numbers:
+            video, out, more = self._judge(torch.from_numpy(draw_clip(unseen, i)))
+            pairs.append((video, out))
+            seen.append({"psnr_db": psnr_db(out, video), **more})
+        names = ["psnr_db", *(("given_psnr_db", "first_frame_db", "latent_error") if self.other else ())]
+        scores = {name: team.gather([each[name] for each in seen]) for name in names}
+        if not scores["psnr_db"]:
             return {}
         if team.leads:
             contact_sheet(folder / "samples" / f"step-{step:08d}.png", [v for pair in pairs[:4] for v in pair])
-        return {"psnr_db": sum(scores) / len(scores), "psnr_worst_db": min(scores)}
+        figures = {name: sum(values) / len(values) for name, values in scores.items()}
+        figures["psnr_worst_db"] = min(scores["psnr_db"])
+        if team.leads and self.other:
+            self.finish(folder, {"steps": step, "figures": figures})
+        return figures
 
-    def _reconstruct(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge(self, clip: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The clip, what is left of it, and its figures beside a VAE to be matched."""
         device = next(self.vae.parameters()).device
-        video = clip.to(device).float()[None] / 127.5 - 1
-        out = self.vae.decode(self.vae.encode(video)[0])
-        return video[0].cpu(), out[0].float().clamp(-1, 1).cpu()
+        batch = clip.to(device).float()[None] / 127.5 - 1
+        latents = self.vae.encode(batch)[0]
+        video, out = batch[0].cpu(), self._decoded(latents)
+        if not self.other:
+            return video, out, {}
+        wanted = self._wanted(batch)
+        assert self.scaling_factor is not None
+        return (
+            video,
+            out,
+            {
+                "given_psnr_db": psnr_db(self._decoded(wanted), video),
+                "first_frame_db": psnr_db(out[:, :1], video[:, :1]),
+                "latent_error": self.scaling_factor * float((latents - wanted).detach().square().mean().sqrt()),
+            },
+        )
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)[0].float().clamp(-1, 1).cpu()
 
     def finish(self, folder: Path, summary: Mapping[str, Any]) -> None:
-        """Write ``vae.safetensors`` with the scaling factor that makes latents of unit standard deviation."""
+        """Write ``vae.safetensors`` with the scaling factor that makes latents of unit standard deviation, or with
+        that of the VAE whose latents these are."""
         factor = self.scaling_factor or round(1 / self.latent_std(range(min(64, len(self.pool)))), 6)
-        config = replace(self.recipe.model, scaling_factor=factor)
+        config = replace(self.config, scaling_factor=factor)
         metadata = {f"vidgen.training.{name}": str(value) for name, value in summary.items()}
         save_checkpoint(
             folder / "vae.safetensors",
             self.vae.state_dict(),
-            family="hunyuan",
+            family=self.recipe.family,
             part="codec",
             config=config,
             metadata=metadata,
@@ -324,6 +443,11 @@ class VaeObjective(Objective):
             total += float(mean.double().sum())
             squares += float(mean.double().square().sum())
         return math.sqrt(squares / count - (total / count) ** 2)
+
+
+def _same_cells(codec: ScaledCodec, vae: Any) -> bool:
+    """Whether a latent stands for as many pixels and frames in both."""
+    return (codec.grid.spatial, codec.grid.temporal) == (vae.grid.spatial, vae.grid.temporal)
 
 
 def detail_loss(out: Tensor, video: Tensor, num_scales: int = 3) -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...vidgen_core.codec import ScaledCodec
 from ...vidgen_core.families.hunyuan.codec import HunyuanCodec
 from ...vidgen_core.model import load_codec
 from ..pca import without_idle_branches
@@ -60,12 +61,13 @@ class LatentCache:
         return torch.from_numpy(self.chunks[index // CHUNK][index % CHUNK].astype(np.float32))
 
 
-def load_frozen_codec(path: str | Path) -> HunyuanCodec:
+def load_frozen_codec(path: str | Path) -> ScaledCodec:
     """The codec of a file in float32, not trained, quick to encode with."""
     codec = load_codec(path, dtype=torch.float32)
-    assert isinstance(codec, HunyuanCodec)
-    light = HunyuanCodec(without_idle_branches(codec.vae), codec.config)
-    return light.requires_grad_(False).eval()
+    assert isinstance(codec, ScaledCodec)
+    if isinstance(codec, HunyuanCodec):
+        codec = HunyuanCodec(without_idle_branches(codec.vae), codec.config)
+    return codec.requires_grad_(False).eval()
 
 
 def open_latents(settings: PoolSettings, codec_path: str | Path, *, processes: int = 1) -> LatentCache:
@@ -82,14 +84,14 @@ def open_latents(settings: PoolSettings, codec_path: str | Path, *, processes: i
     )
 
 
-def latent_folder(settings: PoolSettings, codec: HunyuanCodec) -> Path:
+def latent_folder(settings: PoolSettings, codec: ScaledCodec) -> Path:
     """Where the latents of these clips under this encoder lie."""
     facts = settings.facts()
     del facts["num_clips"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(repr(codec.config.scaling_factor).encode())
-    for part in (codec.vae.encoder, codec.vae.quant_conv):
-        for parameter in part.parameters():
+    for name, parameter in codec.vae.named_parameters():
+        if not name.startswith(("decoder.", "post_quant_conv.")):
             digest.update(parameter.detach().contiguous().numpy().tobytes())
     return Path(settings.folder) / f"latents-{digest.hexdigest()[:12]}"
 
