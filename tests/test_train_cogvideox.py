@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
-from vidgen.training import text_only
 from vidgen.training.data import latents, shapes
 from vidgen.training.data.pool import PoolSettings
 from vidgen.training.dit import DitEvaluationSettings, DitMixSettings, DitObjective, DitRecipe
@@ -21,11 +18,10 @@ from vidgen.training.recipe import OptimizerSettings, RunSettings, ScheduleSetti
 from vidgen.training.teacher import Teacher, TeacherSettings, noise_share, time_of_share
 from vidgen.training.text import caption_tokenizer
 from vidgen.vidgen_core.diffusion import flow_matching, scaled_linear_table, snr_shift, vp, zero_terminal_snr
-from vidgen.vidgen_core.errors import CheckpointError, RecipeError
-from vidgen.vidgen_core.families import FAMILIES
+from vidgen.vidgen_core.errors import RecipeError
 from vidgen.vidgen_core.families.cogvideox.config import NetworkConfig, TextConfig
 from vidgen.vidgen_core.families.cogvideox.text import T5Text
-from vidgen.vidgen_core.model import load_network, open_part
+from vidgen.vidgen_core.model import load_network
 from vidgen.vidgen_core.text.dims import T5Dims
 from vidgen.vidgen_core.text.tokenizer import EOS, PAD
 from vidgen.vidgen_core.types import Defaults
@@ -254,51 +250,3 @@ def test_it_learns_and_its_file_loads(recipe):
 def test_recipes_that_cannot_work_are_refused(recipe, changes, message):
     with pytest.raises(RecipeError, match=message):
         DitObjective(replace(recipe, **changes))
-
-
-# ---- the same network for text alone ---------------------------------------------------------------------------
-
-
-def random_network(config: NetworkConfig) -> nn.Module:
-    network = FAMILIES["cogvideox"].parts["network"].build(config, {})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return network.eval()
-
-
-@pytest.mark.parametrize("patch", [(2, 2, 2), (1, 2, 2)])
-def test_without_a_picture_both_networks_are_one(patch):
-    config = replace(NETWORK, patch=patch)
-    network = random_network(config)
-    state, small = text_only.text_only(network.state_dict(), config)
-    assert (small.in_channels, small.offset_embed, small.takes_image) == (16, False, False)
-    other = FAMILIES["cogvideox"].parts["network"].build(small, {})
-    other.load_state_dict(state)
-    x, context = torch.randn(2, 16, 4, 4, 4), torch.randn(2, 24, 16)
-    timestep = torch.tensor([3.0, 700.0])
-    with torch.no_grad():
-        whole = network(torch.cat([x, torch.zeros_like(x)], 1), timestep, context, offset=torch.full((2,), 2.0))
-        torch.testing.assert_close(other(x, timestep, context), whole, rtol=1e-4, atol=1e-5)
-
-
-def test_text_only_writes_a_file_that_loads(tmp_path):
-    network = random_network(NETWORK)
-    path, out = tmp_path / "i2v.safetensors", tmp_path / "t2v.safetensors"
-    metadata = {"modelspec.title": "Both"}
-    save_checkpoint(path, network.state_dict(), family="cogvideox", part="network", config=NETWORK, metadata=metadata)
-    assert text_only.main([str(path), "-o", str(out)]) == 0
-    header, found = open_part(out, "network")
-    assert not found.config.takes_image
-    assert header.metadata["modelspec.title"] == "Both"
-    assert load_file(out).keys() == load_network(out, dtype=torch.float32).network.state_dict().keys()
-
-
-def test_there_must_be_something_to_take_away(tmp_path, capsys, tiny_bundle_dir):
-    config = replace(NETWORK, in_channels=16, offset_embed=False)
-    with pytest.raises(CheckpointError, match="nothing to take away"):
-        text_only.text_only(random_network(config).state_dict(), config)
-    arguments = [str(tiny_bundle_dir / "network.safetensors"), "-o", str(tmp_path / "out.safetensors")]
-    assert text_only.main(arguments) == 1
-    assert "HunyuanVideo" in capsys.readouterr().err
