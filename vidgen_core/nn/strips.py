@@ -423,8 +423,8 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _fast_weight(weight: Tensor) -> Tensor:
-    """In the layout into which it would be brought again for every strip."""
-    return weight.contiguous(memory_format=torch.channels_last_3d)
+    """In the layout into which a CPU would bring it again for every strip."""
+    return weight.contiguous(memory_format=torch.channels_last_3d) if weight.device.type == "cpu" else weight
 
 
 def _fast_kernel(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
