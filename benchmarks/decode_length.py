@@ -3,7 +3,8 @@
 The published width with random weights, float32, one thread. Each length is a process of its own; its memory is the
 peak above what was resident when the weights were there. Frames are handed on as they come and dropped; ``--write``
 hands them to the writer of video files (ffmpeg, whose memory is its own), ``--whole`` keeps the video as a tensor.
-``--count`` counts bytes on the meta device and computes nothing.
+``--count`` counts bytes on the meta device and computes nothing. The C library gives freed tensors back at once, as in
+a render with a budget; ``--keep-freed`` leaves it as it is: then holes of up to 32 MB are counted as well.
 
     python -m vidgen.benchmarks.decode_length --frames 49 --frames 97 --size 240x360 --json FILE
 """
@@ -45,6 +46,7 @@ class Task:
     whole: bool = False
     write: bool = False
     count: bool = False
+    keep_freed: bool = False
 
 
 def build(part: int) -> CogVideoXCodec:
@@ -74,8 +76,11 @@ def measure(task: Task) -> dict[str, Any]:
     import torch
 
     from ..vidgen_core.memory.live import cost_of
+    from ..vidgen_core.memory.plan import return_freed_memory
     from ..vidgen_core.types import VideoShape
 
+    if not task.keep_freed:
+        return_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.device("meta" if task.count else "cpu"), torch.inference_mode():
@@ -134,6 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--whole", action="store_true", help="keep the video as a tensor")
     parser.add_argument("--write", action="store_true", help="write the frames into a video file as they come")
     parser.add_argument("--count", action="store_true", help="count on the meta device, compute nothing")
+    parser.add_argument(
+        "--keep-freed", action="store_true", help="let the C library keep what is freed, as it likes to"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -142,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.once is not None:
         print(json.dumps(measure(Task(**json.loads(arguments.once)))))
         return
-    how = {name: getattr(arguments, name) for name in ("size", "part_of_width", "whole", "write", "count")}
+    how = {
+        name: getattr(arguments, name) for name in ("size", "part_of_width", "whole", "write", "count", "keep_freed")
+    }
     measured = []
     for frames in arguments.frames or (49, 97):
         measured.append(measure_fresh(Task(frames=frames, **how)))
