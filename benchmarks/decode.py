@@ -113,6 +113,7 @@ def way_of(codec: HunyuanCodec, task: Task, folder: Path) -> Codec:
     """The codec that works in the way of the task."""
     from ..vidgen_core.bounded import exact
     from ..vidgen_core.families.hunyuan import vae
+    from ..vidgen_core.nn import convolution
     from ..vidgen_core.tiling import tiled
 
     if task.way == "tiles":
@@ -120,7 +121,7 @@ def way_of(codec: HunyuanCodec, task: Task, folder: Path) -> Codec:
     if task.way in SHARE:
         return exact(codec, task.budget_bytes, spill=folder if task.way == "disk" else None)
     if task.way == "layers":
-        vae.PART_BYTES = vae.PART_OPERATIONS = 1 << 62
+        vae.PART_BYTES = vae.PART_OPERATIONS = convolution.PART_OPERATIONS = 1 << 62
     return codec
 
 
@@ -150,7 +151,7 @@ def measure(task: Task) -> dict[str, Any]:
         result |= {
             "cpu_s": round(time.process_time() - started_cpu, 3),
             "wall_s": round(time.perf_counter() - started, 3),
-            "peak_bytes": peak_bytes() - before,
+            "peak_bytes": max(0, peak_bytes() - before),
         }
     return result | compare(out, task)
 

@@ -9,6 +9,7 @@ import pytest
 
 from vidgen.benchmarks import decode
 from vidgen.vidgen_core.families.hunyuan import vae
+from vidgen.vidgen_core.nn import convolution
 
 CASE = "decode:1x16x24"
 
@@ -18,6 +19,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the ways changes it for its process."""
     for name in ("PART_BYTES", "PART_OPERATIONS"):
         monkeypatch.setattr(vae, name, getattr(vae, name))
+    monkeypatch.setattr(convolution, "PART_OPERATIONS", convolution.PART_OPERATIONS)
 
 
 @pytest.mark.parametrize("case", [CASE, "encode:5x16x16"])

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vidgen.vidgen_core.errors import Cancelled
+from vidgen.vidgen_core.nn import convolution
 from vidgen.vidgen_core.nn.convolution import CHANNELS_LAST, Conv3d, conv3d, empty_like, fast_layout, is_channels_last
 from vidgen.vidgen_core.nn.group_norm import PIECE_NUMBERS, GroupNorm, GroupNormSiLU
+from vidgen.vidgen_core.stop import asking
 from vidgen.vidgen_core.weights.empty import built_empty
 
 ROUNDING = 1e-6
@@ -93,3 +96,39 @@ def test_an_empty_module_has_every_shape_and_no_memory() -> None:
     }
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     assert float(nn.Linear(3, 4).weight.detach().std()) > 0  # outside, start values are drawn as ever
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), (0, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_large_convolution_goes_row_by_row_and_asks_in_between(padding, stride, dtype, monkeypatch):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(6, 4, 3, 3, 3, dtype=dtype), torch.randn(6, dtype=dtype)
+    asked: list[int] = []
+    for layout in (torch.contiguous_format, convolution.CHANNELS_LAST):
+        x = torch.randn(2, 4, 4, 11, 9, dtype=dtype).contiguous(memory_format=layout)
+        with torch.no_grad():
+            whole = convolution.conv3d(x, weight, bias, stride, padding)
+            with monkeypatch.context() as patch, asking(lambda: asked.append(1)):
+                for limit, rows in ((1, 1), (2 * 4 * 27 * whole.numel() / whole.shape[3] * 3.5, 3)):
+                    asked.clear()
+                    patch.setattr(convolution, "PART_OPERATIONS", limit)
+                    parts = convolution.conv3d(x, weight, bias, stride, padding)
+                    assert len(asked) == -(-whole.shape[3] // rows)
+                    assert is_channels_last(parts) == is_channels_last(whole)
+                    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+                    torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_a_stop_ends_a_convolution_that_has_begun(monkeypatch):
+    monkeypatch.setattr(convolution, "PART_OPERATIONS", 1)
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Cancelled("stopped")
+
+    with torch.no_grad(), asking(ask), pytest.raises(Cancelled):
+        convolution.conv3d(torch.randn(1, 2, 3, 16, 8), torch.randn(2, 2, 3, 3, 3), None)
+    assert len(asked) == 3

@@ -12,13 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..stop import asking, check_cancelled
 from .host import Host
+
+__all__ = ["check_cancelled", "listening", "result_of", "watched"]
 
 T = TypeVar("T")
 
@@ -27,24 +30,10 @@ WAIT_S = 0.1
 BLOCKS_AHEAD = 2
 """blocks that may be queued on a GPU: a stop ends the queue, it does not empty it"""
 
-_host: ContextVar[Host | None] = ContextVar("vidgen_listening", default=None)
 
-
-@contextlib.contextmanager
-def listening(host: Host) -> Iterator[None]:
+def listening(host: Host) -> AbstractContextManager[None]:
     """:func:`check_cancelled` asks ``host`` inside the block."""
-    token = _host.set(host)
-    try:
-        yield
-    finally:
-        _host.reset(token)
-
-
-def check_cancelled() -> None:
-    """Raise what the host raises when the user asked to stop; nothing where no host listens."""
-    host = _host.get()
-    if host is not None:
-        host.check_cancelled()
+    return asking(host.check_cancelled)
 
 
 def result_of(future: Future[T]) -> T:

@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..stop import check_cancelled
+
 CHANNELS_LAST = torch.channels_last_3d
+PART_OPERATIONS = 2e10
+"""of one convolution: a slow core has done them in half a second, and between two of them a stop is heard"""
 
 
 class Conv3d(nn.Conv3d):
@@ -35,6 +39,48 @@ def conv3d(
     """(B, C, T, H, W) -> (B, C', T', H', W'), with zeros around it; the layout of ``x`` is kept."""
     if x.is_meta and _is_inference(x) and _is_narrow(x):
         return _channels_last(F.conv3d(_channels_last(x), weight, bias, tuple(stride), tuple(padding)))
+    if x.device.type == "cpu" and _is_inference(x):
+        shape = _shape_after(x, weight, stride, padding)
+        num_rows = int(PART_OPERATIONS * shape[3] / (2 * math.prod(weight.shape[1:]) * math.prod(shape)))
+        if max(1, num_rows) < shape[3]:
+            return _by_rows(x, weight, bias, stride, padding, shape, max(1, num_rows))
+    return _whole(x, weight, bias, stride, padding)
+
+
+def _shape_after(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
+    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    return (x.shape[0], weight.shape[0], *((size + 2 * pad - tap) // step + 1 for size, tap, step, pad in sides))
+
+
+def _by_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    shape: tuple[int, ...],
+    num_rows: int,
+) -> Tensor:
+    """``num_rows`` rows of the result at a time, asking in between whether to stop."""
+    out: Tensor | None = None
+    step, taps, pad = stride[1], weight.shape[3], padding[1]
+    for start in range(0, shape[3], num_rows):
+        check_cancelled()
+        end = min(start + num_rows, shape[3])
+        first, last = start * step - pad, (end - 1) * step - pad + taps
+        rows = x[:, :, :, max(0, first) : min(last, x.shape[3])]
+        if first < 0 or last > x.shape[3]:
+            rows = F.pad(rows, (0, 0, max(0, -first), max(0, last - x.shape[3])))
+        rows = rows.contiguous(memory_format=CHANNELS_LAST) if is_channels_last(x) else rows
+        part = _whole(rows, weight, bias, stride, (padding[0], 0, padding[2]))
+        if out is None:
+            out = empty_like(part, shape)
+        out[:, :, :, start:end] = part
+    assert out is not None
+    return out
+
+
+def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     if _is_inference(x) and x.dtype == torch.float32:
         return torch.mkldnn_convolution(x, weight, bias, tuple(padding), tuple(stride), (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, tuple(stride), tuple(padding))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import SettingsError
 from ...nn.attention import attention
 from ...nn.causal_conv import CausalConv3d, Steps, UpsampledCausalConv3d
-from ...nn.convolution import Conv3d, fast_layout
+from ...nn.convolution import PART_OPERATIONS, Conv3d, fast_layout
 from ...nn.group_norm import GroupNorm, GroupNormSiLU
 from ...types import Grid, VideoShape
 from .config import CodecConfig
@@ -25,8 +25,6 @@ NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 PART_BYTES = 1 << 26
 """Without gradients, larger tensors are normalised, padded and convolved a few frames at a time."""
-PART_OPERATIONS = 2e10
-"""of one convolution: a slow core has done them in half a second, and between two of them a stop is heard"""
 
 
 def _norm(config: CodecConfig, channels: int) -> GroupNormSiLU:
