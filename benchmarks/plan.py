@@ -451,16 +451,14 @@ def encode(case: Case, path: Path | None) -> None:
     import torch
 
     from ..vidgen_core.bundle import find_parts
+    from ..vidgen_core.generate import encode_video
     from ..vidgen_core.memory.plan import planned
     from ..vidgen_core.model import load_codec
-    from ..vidgen_core.tiling import tiled
 
     headers, _ = find_parts(path)
     codec = load_codec(headers["codec"].path, dtype=_dtype(case))
-    tiling = planned("encode video", "tiling", None)
-    with torch.inference_mode():
-        video = torch.rand(1, 3, case.frames, case.height, case.width)
-        (codec if tiling is None else tiled(codec, tiling)).encode(video)
+    video = torch.rand(1, 3, case.frames, case.height, case.width)
+    encode_video(codec, video, tiling=planned("encode video", "tiling", None))
 
 
 def render(case: Case, path: Path | None) -> None:
