@@ -3,7 +3,8 @@
 ``python -m vidgen.benchmarks.follow_i2v --n 32 --seed 1 [--split seen|heldout] [--json]``
 
 For each scene drawn from the seed the first frame of its true clip and its caption are given. Measured are the PSNR
-of the rendered first frame against the given one (with the codec's round trip of that frame as the ceiling), and
+of the rendered first frame against the given one (with the codec's round trip of that frame as the ceiling), how
+much changes from it to the next frame and between later ones (true clips have 1: more is a jump or flicker), and
 whether ``training/data/detect.py`` sees the motion that the caption asks for. Scenes, bundles and intervals are those
 of ``benchmarks/follow.py``.
 """
@@ -74,10 +75,18 @@ def run_task(task: ImageTask) -> list[dict[str, Any]]:
         figures = {
             "first_frame_psnr_db": psnr_db(render[:, :1], given),
             "ceiling_psnr_db": psnr_db(round_trip(bundle.codec, one.truth)[:, :1], given),
+            "steps": steps_of(render),
+            "true_steps": steps_of(one.truth),
             "seconds": seconds,
         }
         rows.append(one.row(render, **figures))
     return rows
+
+
+def steps_of(clip: np.ndarray) -> list[float]:
+    """Root mean square change from each frame of (3, T, H, W) to the next one, in 8-bit levels."""
+    changes = np.diff(clip.astype(np.float64), axis=1)
+    return [float(value) for value in np.sqrt(np.square(changes).mean(axis=(0, 2, 3)))]
 
 
 def follow_i2v(
@@ -127,6 +136,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result["first_frame_psnr_db"] = float(psnr.mean())
     result["first_frame_psnr_db_lowest"] = float(psnr.min())
     result["ceiling_psnr_db"] = float(np.mean([row["ceiling_psnr_db"] for row in rows]))
+    steps, truth = (np.asarray([row[name] for row in rows]).mean(axis=0) for name in ("steps", "true_steps"))
+    result["first_step_ratio"] = float(steps[0] / truth[0])
+    result["step_ratio"] = float(steps[1:].mean() / truth[1:].mean())
     result["seconds_per_video"] = float(np.median([row["seconds"] for row in rows]))
     result["passes"] = {
         "first_frame": result["first_frame_psnr_db"] >= BAR_PSNR_DB,
@@ -148,6 +160,8 @@ def report(result: dict[str, Any]) -> str:
         f"first frame {result['first_frame_psnr_db']:.2f} dB, lowest {result['first_frame_psnr_db_lowest']:.2f} dB, "
         f"codec alone {result['ceiling_psnr_db']:.2f} dB; bar {BAR_PSNR_DB:.0f} dB "
         + verdict[result["passes"]["first_frame"]],
+        f"change from the given frame to the next {result['first_step_ratio']:.2f} times that of true clips, between "
+        f"later frames {result['step_ratio']:.2f} times",
         f"motion {result['motion']:.1%}; bar {BAR_MOTION:.0%} {verdict[result['passes']['motion']]}",
         f"{result['seconds_per_video']:.1f} s per video on one core, {result['wall_s']:.0f} s in all",
     ]

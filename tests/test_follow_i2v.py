@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vidgen.benchmarks import follow_i2v
@@ -18,6 +19,8 @@ def row(*, motion: bool, psnr_db: float) -> dict[str, Any]:
         "seen": wanted | {"motion": "a" if motion else "b"},
         "first_frame_psnr_db": psnr_db,
         "ceiling_psnr_db": 35.0,
+        "steps": [6.0, 2.0, 4.0],
+        "true_steps": [2.0, 2.0, 2.0],
         "seconds": 1.0,
     }
 
@@ -35,8 +38,15 @@ def test_the_bars(num_moved: int, psnr_db: float, passes: dict[str, bool]) -> No
     assert result["passes"] == passes
     assert result["motion"] == num_moved / 10
     assert result["first_frame_psnr_db"] == pytest.approx(psnr_db)
+    assert (result["first_step_ratio"], result["step_ratio"]) == (3.0, 1.5)
     text = follow_i2v.report(result | {"n": 10, "split": "seen", "seed": 1, "wall_s": 1.0})
     assert ("not reached" in text) == (not all(passes.values()))
+
+
+def test_steps_are_changes_between_frames() -> None:
+    clip = np.zeros((3, 3, 4, 4), dtype=np.uint8)
+    clip[:, 1], clip[:, 2, :2] = 10, 10
+    assert follow_i2v.steps_of(clip) == pytest.approx([10.0, 10.0 / 2**0.5])
 
 
 def test_a_scene_begins_with_its_true_first_frame() -> None:
