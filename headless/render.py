@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..vidgen_core.errors import Cancelled, FileError, SettingsError
+from ..vidgen_core.memory.host import bundled_models
 from . import FILES
 from .events import Tell
 from .executor import Cache, Event, NodeError, Prompt, as_link, check, check_shape, describe, execute, input_specs
@@ -65,6 +66,18 @@ def load_prompt(path: Path, classes: Mapping[str, type]) -> dict[str, dict[str, 
 def shipped(name: str) -> dict[str, dict[str, Any]]:
     """The API-format prompt ``workflows/api/NAME.json`` of the package."""
     return load_prompt(WORKFLOWS / "api" / f"{name}.json", {})
+
+
+def runs_as_installed(name: str) -> bool:
+    """Whether a workflow of ours names no model but those that come with the package."""
+    given = [
+        str(value)
+        for node in shipped(name).values()
+        for key, value in node["inputs"].items()
+        if key in ("model_folder", "model_name", "vae_name", "text_name", "lora_name")
+    ]
+    bundled = bundled_models()
+    return all(value.partition("/")[0] in bundled for value in given)
 
 
 def about(name: str) -> About:

@@ -38,6 +38,7 @@ from ...vidgen_core.weights.header import read_header
 from ..custom_nodes import Packs
 from ..executor import Checked, Classes, PromptError, examine, failed, node_errors
 from ..plan import answer
+from ..render import runs_as_installed
 from . import messages, uploads
 from .catalog import object_info
 from .clients import Client, Event
@@ -598,7 +599,8 @@ class Server:
             return web.json_response(await uploads.keep(form, self.places))
 
     async def get_templates(self, request: web.Request) -> web.Response:
-        return web.json_response({PACK: sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))})
+        names = (path.stem for path in (ROOT / "workflows").glob("*.json"))
+        return web.json_response({PACK: sorted(names, key=lambda name: (not runs_as_installed(name), name))})
 
     async def get_template(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
