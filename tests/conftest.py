@@ -438,3 +438,16 @@ def cogvideox_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         factors = {f"{name}.lora_A.weight": torch.randn(4, 48), f"{name}.lora_B.weight": torch.randn(48, 4)}
         save_tensors(root / "loras" / "pytorch_lora_weights.safetensors", factors, {"format": "pt"})
     return root
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled, nothing failed."""
+    from vidgen.vidgen_core.memory import compiled
+
+    monkeypatch.setattr(compiled, "_failed", set())
+    monkeypatch.setattr(compiled, "_ready", set())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

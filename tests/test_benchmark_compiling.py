@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from vidgen.benchmarks import compiling
-from vidgen.vidgen_core.memory import compiled
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled, nothing failed."""
-    monkeypatch.setattr(compiled, "_failed", set())
-    monkeypatch.setattr(compiled, "_ready", set())
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def test_a_small_run_is_reported(tiny_bundle_dir: Path, tmp_path: Path) -> None:

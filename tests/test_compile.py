@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from vidgen.vidgen_core.types import Conditioning
 from vidgen.vidgen_core.weights.load import load_module
 from vidgen.vidgen_core.weights.lora import read_lora
 from vidgen.vidgen_core.weights.quantise import QuantisedLinear
+
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 CONFIG = NetworkConfig(
     hidden_size=32,
@@ -73,17 +75,6 @@ def model(weights: dict[str, Tensor]) -> VideoModel:
     network = HunyuanVideoTransformer(CONFIG).eval().requires_grad_(False)
     network.load_state_dict(weights)
     return VideoModel.of("hunyuan", CONFIG, network)
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled, nothing failed."""
-    monkeypatch.setattr(compiling, "_failed", set())
-    monkeypatch.setattr(compiling, "_ready", set())
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def num_graphs() -> int:

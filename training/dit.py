@@ -38,7 +38,7 @@ from .lora import Adapters, LoraSettings, write_loras
 from .pictures import contact_sheet, to_pixels
 from .recipe import OptimizerSettings, RunSettings, ScheduleSettings, model_config
 from .start import start_from
-from .teacher import Teacher, TeacherSettings, time_of_share
+from .teacher import Teacher, TeacherSettings, first_frame_given, time_of_share
 from .team import ALONE, Team
 
 log = logging.getLogger("vidgen")
@@ -309,8 +309,7 @@ class DitObjective(Objective):
         if self.stacks_pictures:
             cond = self._with_pictures(cond, pictures, x0)
         elif kind == "held":
-            t = t.view(-1, 1, 1, 1, 1).repeat(1, 1, x0.shape[2], 1, 1)
-            t[:, :, 0] = 0
+            t = first_frame_given(t, x0.shape[2])
         return DitBatch(self._led(x0, lead), noise, t, cond, wanted=self._led(wanted, lead), kind=kind)
 
     def _led(self, x0: Tensor, lead: int) -> Tensor:

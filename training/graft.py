@@ -23,6 +23,7 @@ from ..vidgen_core.errors import RecipeError
 from ..vidgen_core.families.cogvideox.network import CogVideoXTransformer
 from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
 from ..vidgen_core.nn.embeddings import patchify, timestep_embedding
+from .least_squares import LeastSquares
 from .teacher import time_of_share
 
 TIME_STEPS = 2000
@@ -164,10 +165,9 @@ def fit_output(network: nn.Module, forward: Callable[[], Tensor], wanted: Tensor
         forward()
     finally:
         handle.remove()
+    fit = LeastSquares()
     rows = torch.cat([part.flatten(0, 1) for part in seen])
-    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).double()
-    gram = rows.T @ rows
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solution = torch.linalg.solve(gram, rows.T @ patchify(wanted, network.config.patch).flatten(0, 1).double())
-    layer.weight.copy_(solution[:-1].T)
-    layer.bias.copy_(solution[-1])
+    fit.add(rows.double(), patchify(wanted, network.config.patch).flatten(0, 1).double())
+    weight, bias = fit.solve(ridge=RIDGE)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)

@@ -36,6 +36,7 @@ from ..vidgen_core.families.cogvideox.vae import (
     Upsample,
     groups,
 )
+from .least_squares import LeastSquares
 from .pca import components_of_equal_spread, exit_rows, paired_rows, patches, set_decoder_exit, set_encoder_exit
 
 Layer = Callable[[Tensor, Past, Tensor | None], Tensor]
@@ -151,7 +152,7 @@ def _set_entrance(vae: CogVideoXVAE, videos: Tensor) -> None:
         ago = F.pad(clip, (0, 0, 0, 0, 2, 0), mode="replicate")
         changes = torch.cat([ago[:, 1:-1] - clip, ago[:, :-2] - clip])
         fit.add_convolved(changes, _difference(clip[None])[0] * 0.5, kernel=(1, 3, 3), halved=True)
-    weight = fit.solve(constant=False)[0].reshape(COLOURS, 2, COLOURS, 3, 3)
+    weight = fit.solve(ridge=RIDGE, constant=False)[0].reshape(COLOURS, 2, COLOURS, 3, 3)
     rows = conv.weight[COLOURS : 2 * COLOURS]
     rows[:, :, 1], rows[:, :, 0], rows[:, :, 2] = weight[:, 0], weight[:, 1], -weight.sum(1)
 
@@ -170,7 +171,7 @@ def _estimate_differences(
         missing = 0.5 * _difference(goal) - _halved(straight[:, room])
         features = _through(inner, clip, z, spatial=False)[0]
         fit.add_convolved(features, missing[0], kernel=(3, 3, 3), halved=True)
-    _write(layer.conv2.conv, room, *fit.solve())
+    _write(layer.conv2.conv, room, *fit.solve(ridge=RIDGE))
     return _through(layer, signal, latents, spatial=False)
 
 
@@ -293,7 +294,7 @@ def _enlarge(
         if layer.doubles_time:
             large = large.repeat_interleave(2, 1)[:, 1:]
         fit.add_convolved(large, wanted, kernel=(1, 3, 3))
-    weight, bias = fit.solve()
+    weight, bias = fit.solve(ridge=RIDGE)
     weight = weight.reshape(len(weight), signal.shape[1], 3, 3)
     if exit_of is not None:
         weight, bias = exit_rows(exit_of, weight, bias)
@@ -315,7 +316,7 @@ def _mend(layer: ResnetBlock, signal: Tensor, latents: Tensor, goal: Tensor, *, 
     for clip, z, wanted in zip(signal.split(1), latents.split(1), goal.split(1), strict=True):
         straight = clip if layer.conv_shortcut is None else layer.conv_shortcut(clip)
         fit.add_convolved(_through(_branch(layer), clip, z)[0], (wanted - straight[:, places])[0], kernel=(3, 3, 3))
-    weight, bias = fit.solve()
+    weight, bias = fit.solve(ridge=RIDGE)
     _write(layer.conv2.conv, places, weight, bias)
     if apart:
         _write(layer.conv2.conv, [place + 1 for place in places], -weight, -bias)
@@ -361,26 +362,17 @@ def _write(conv: nn.Module, places: Sequence[int], weight: Tensor, bias: Tensor)
         _bias(conv)[place] = offset
 
 
-class _Fit:
-    """Weighted least squares that sees its rows a clip at a time.
+class _Fit(LeastSquares):
+    """Of convolutions, a clip at a time.
 
     Args:
         num_clips: among which :data:`POSITIONS` are shared out.
     """
 
     def __init__(self, num_clips: int) -> None:
+        super().__init__()
         self.share = max(1, POSITIONS // num_clips)
         self.generator = torch.Generator().manual_seed(0)
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
-
-    def add(self, features: Tensor, wanted: Tensor, weight: Tensor | None = None) -> None:
-        """Rows (n, P) and (n, Q), each counted ``weight`` ** 2 times."""
-        rows = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-        if weight is not None:
-            rows, wanted = rows * weight[:, None], wanted * weight[:, None]
-        self.gram = self.gram + (rows.T @ rows).double()
-        self.cross = self.cross + (rows.T @ wanted).double()
 
     def add_convolved(self, x: Tensor, wanted: Tensor, *, kernel: tuple[int, int, int], halved: bool = False) -> None:
         """What a convolution of ``kernel`` reads of x (C, T, H, W) at some positions of ``wanted`` (Q, T', H, W).
@@ -400,16 +392,3 @@ class _Fit:
         else:
             rows = windows[:, t, y, z]
         self.add(rows.movedim(0, 1).flatten(1), wanted[:, t, y, z].T)
-
-    def solve(self, *, ridge: float = RIDGE, constant: bool = True) -> tuple[Tensor, Tensor]:
-        """Weight (Q, P) and bias (Q,); without a ``constant`` the bias is nought."""
-        gram, cross = self.gram, self.cross
-        assert isinstance(gram, Tensor)
-        assert isinstance(cross, Tensor)
-        if not constant:
-            gram, cross = gram[:-1, :-1], cross[:-1]
-        bonus = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        solution = torch.linalg.solve(gram + bonus, cross).float()
-        if not constant:
-            return solution.T, solution.new_zeros(solution.shape[1])
-        return solution[:-1].T, solution[-1]

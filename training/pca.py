@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..vidgen_core.errors import RecipeError
 from ..vidgen_core.families.hunyuan.vae import CausalVAE, ResnetBlock, level_steps
+from .least_squares import LeastSquares
 
 CONSTANT = 16.0
 """the constant channels of a group, in standard deviations of the components"""
@@ -288,9 +289,7 @@ def _fitted(x: Tensor, steps: tuple[int, int, int], target: Tensor) -> tuple[Ten
     """Weight (K, C, 3, 3, 3) and bias (K,) of the causal convolution that comes nearest to ``target`` after ``x`` is
     upsampled by ``steps``, in the mean square over at most MAX_POSITIONS positions."""
     generator = torch.Generator().manual_seed(0)
-    num_features, num_targets = 27 * x.shape[1] + 1, target.shape[1]
-    gram = torch.zeros(num_features, num_features, dtype=torch.float64)
-    cross = torch.zeros(num_features, num_targets, dtype=torch.float64)
+    fit = LeastSquares()
     area = math.prod(target.shape[2:])
     share = max(1, MAX_POSITIONS // len(x))
     for clip, wanted in zip(x.split(1), target.split(1), strict=True):
@@ -300,13 +299,9 @@ def _fitted(x: Tensor, steps: tuple[int, int, int], target: Tensor) -> tuple[Ten
         windows = up.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # (C, T, H, W, 3, 3, 3)
         chosen = torch.randperm(area, generator=generator)[:share]
         t, y, z = torch.unravel_index(chosen, target.shape[2:])
-        rows = windows[:, t, y, z].movedim(0, 1).flatten(1)
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        gram += (rows.T @ rows).double()
-        cross += (rows.T @ wanted[0].flatten(1)[:, chosen].T).double()
-    ridge = RIDGE * gram.diagonal().mean()
-    solution = torch.linalg.solve(gram + ridge * torch.eye(num_features, dtype=torch.float64), cross).float()
-    return solution[:-1].T.reshape(num_targets, x.shape[1], 3, 3, 3), solution[-1]
+        fit.add(windows[:, t, y, z].movedim(0, 1).flatten(1), wanted[0].flatten(1)[:, chosen].T)
+    weight, bias = fit.solve(ridge=RIDGE)
+    return weight.reshape(target.shape[1], x.shape[1], 3, 3, 3), bias
 
 
 def exit_rows(config: Sizes, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

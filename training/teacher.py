@@ -85,8 +85,7 @@ class Teacher:
         model = self.model
         t = time_of_share(model.diffusion, share)
         if held:
-            t = t.view(-1, 1, 1, 1, 1).repeat(1, 1, x0.shape[2], 1, 1)
-            t[:, :, 0] = 0
+            t = first_frame_given(t, x0.shape[2])
         x_t = model.diffusion.add_noise(x0, noise, t)
         cond = model.conditioning(self.text.encode(captions, image_mode=image)).to(model.device)
         device = model.device.type
@@ -110,3 +109,10 @@ def time_of_share(diffusion: Diffusion, share: Tensor) -> Tensor:
     """The inverse of :func:`noise_share`, in float32."""
     share = wide(share)
     return diffusion.time_at(share if diffusion.straight else share / (1 - share)).float()
+
+
+def first_frame_given(t: Tensor, num_frames: int) -> Tensor:
+    """(B,) -> (B, 1, T, 1, 1): a time for each latent frame, 0 for the first one."""
+    t = t.view(-1, 1, 1, 1, 1).repeat(1, 1, num_frames, 1, 1)
+    t[:, :, 0] = 0
+    return t
