@@ -49,6 +49,8 @@ class Case:
     """off, batched, in turn"""
     tiles: tuple[int, int] | None = None
     """px and frames of the tiles; None is one pass"""
+    bound: int | None = None
+    """which of the bounds for exact coding, from 0, the fastest"""
     budget: float | None = None
     """as a share of what the fastest way takes"""
 
@@ -63,6 +65,7 @@ class Case:
         more = [f"batch {self.videos}"] if self.videos > 1 else []
         more += [f"cfg {self.guidance}"] if self.guidance != "off" else []
         more += [f"tiles {self.tiles[0]}x{self.tiles[1]}"] if self.tiles else []
+        more += [f"bound {self.bound}"] if self.bound is not None else []
         more += [f"budget {self.budget:g}"] if self.budget else []
         return " ".join([self.stage, self.model, size, self.dtype, *more])
 
@@ -107,6 +110,10 @@ def cases() -> Iterator[Case]:
     for tiles in ((128, 16), (128, 32)):
         yield Case(stage="decode", model="wide", frames=33, height=256, width=256, tiles=tiles)
         yield Case(stage="encode", model="wide", frames=33, height=192, width=256, tiles=tiles)
+    for bound, frames in ((0, 17), (2, 49), (3, 49)):
+        yield Case(stage="decode", model="wide", frames=frames, height=256, width=320, bound=bound)
+    for bound, frames in ((0, 33), (1, 65), (3, 97)):
+        yield Case(stage="encode", model="wide", frames=frames, height=256, width=320, bound=bound)
     for model, frames, height, width, guidance in (
         ("small", 17, 128, 192, "off"),
         ("wide", 9, 128, 192, "batched"),
@@ -368,6 +375,9 @@ class Bench:
         if case.tiles is not None:
             wanted = f"tiles of {case.tiles[0]} px and {case.tiles[1]} frames"
             stages = [replace(stage, ways=[way for way in stage.ways if way.name == wanted]) for stage in stages]
+        if case.bound is not None:
+            exact = [[way for way in stage.ways if way.name.startswith("exact")] for stage in stages]
+            stages = [replace(stage, ways=[ways[case.bound]]) for stage, ways in zip(stages, exact, strict=True)]
         return choose(stages, 10**15, planner.rates, baseline_bytes=0)
 
     def measure(self, case: Case, plan: Any) -> dict[str, float]:
@@ -382,7 +392,9 @@ class Bench:
             torch.set_num_threads(1)
             run = {"sample": sample, "decode": decode, "encode": encode, "render": render}[case.stage]
             name, frames = ("cogvideox tiny", 9) if case.model.startswith("cogvideox") else ("tiny", 5)
-            run(replace(case, model=name, frames=frames, height=32, width=32, tiles=None), self.models[name])
+            run(
+                replace(case, model=name, frames=frames, height=32, width=32, tiles=None, bound=None), self.models[name]
+            )
             gc.collect()
             baseline = status_bytes("self", "VmRSS")
             forget_peak()

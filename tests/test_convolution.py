@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vidgen.vidgen_core.errors import Cancelled
+from vidgen.vidgen_core.memory.live import cost_of
 from vidgen.vidgen_core.nn import convolution
 from vidgen.vidgen_core.nn.convolution import CHANNELS_LAST, Conv3d, conv3d, empty_like, fast_layout, is_channels_last
 from vidgen.vidgen_core.nn.group_norm import PIECE_NUMBERS, GroupNorm, GroupNormSiLU
@@ -110,6 +111,7 @@ def test_a_large_convolution_goes_row_by_row_and_asks_in_between(padding, stride
         with torch.no_grad():
             whole = convolution.conv3d(x, weight, bias, stride, padding)
             with monkeypatch.context() as patch, asking(lambda: asked.append(1)):
+                patch.setattr(convolution, "PARTS", 1)
                 for limit, rows in ((1, 1), (2 * 4 * 27 * whole.numel() / whole.shape[3] * 3.5, 3)):
                     asked.clear()
                     patch.setattr(convolution, "PART_OPERATIONS", limit)
@@ -118,6 +120,23 @@ def test_a_large_convolution_goes_row_by_row_and_asks_in_between(padding, stride
                     assert is_channels_last(parts) == is_channels_last(whole)
                     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
                     torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_what_is_copied_for_one_part_takes_little_and_is_planned(monkeypatch):
+    """Beside what is given and comes out, an eighth of both, and the rows around it."""
+    x = torch.zeros(1, 8, 6, 64, 32, device="meta")
+    weight = torch.zeros(8, 8, 3, 3, 3, device="meta")
+    x = x.contiguous(memory_format=convolution.CHANNELS_LAST)
+
+    def peak() -> int:
+        return cost_of(lambda x: convolution.conv3d(x, weight, None, (1, 1, 1), (0, 1, 1)), x).peak - x.nbytes
+
+    with torch.no_grad():
+        out = 4 * x.nbytes // 6
+        whole = peak()
+        assert out <= whole < 1.2 * out
+        monkeypatch.setattr(convolution, "PART_OPERATIONS", 2 * 8 * 27 * out / 4 / 1.5)
+        assert whole < peak() <= whole + 1.3 * (x.nbytes + out) / 8
 
 
 def test_a_stop_ends_a_convolution_that_has_begun(monkeypatch):

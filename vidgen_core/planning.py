@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .bounded import Bound, Direction, LayeredCodec, smallest_budget
 from .bounded import plan as plan_exact
+from .bounded.planner import SLACK_BYTES
 from .codec import Codec
 from .families import Config, Family, Found
 from .guidance import cfg
@@ -48,8 +49,6 @@ LIBRARY_BYTES = 160_000_000
 """code and tables that loading text encoders and the first use of every kernel bring into memory"""
 CODEC_BYTES = 3_000_000
 """code that a decoder's convolutions bring into memory when they first run"""
-EXACT_BYTES = 12_000_000
-"""code and tables that the first strip of a process brings into memory"""
 FRAME_SHARE = 0.75
 """stride of tiles over their size, as HunyuanVideo has it"""
 TILES = ((256, 64), (256, 32), (128, 32), (128, 16), (64, 16), (64, 8))
@@ -267,9 +266,7 @@ def decode_cost(
         way = _way(remembering, tiling, one_pass)
         videos = []
         for one in latents.split(1):
-            video = way.decode(one).float().clamp_(-1, 1)
-            torch.isfinite(video).all()
-            videos.append(video)
+            videos.append(way.decode(one).float().clamp_(-1, 1))
         video = videos[0] if len(videos) == 1 else torch.cat(videos)
         videos.clear()
         images = video.permute(0, 2, 3, 4, 1).flatten(0, 1)
@@ -295,7 +292,8 @@ def _way(codec: _Remembering, coding: Coding, one_pass: Work | None) -> Any:
         return tiled(codec, coding)
     assert coding.budget_bytes is not None
     assert one_pass is not None
-    return _Exact(codec, coding.budget_bytes, one_pass)
+    # What a bound leaves to allocators and libraries is what a plan counts for every stage.
+    return _Exact(codec, coding.budget_bytes - SLACK_BYTES, one_pass)
 
 
 def sample_cost(
@@ -624,7 +622,7 @@ class Planner:
                     lambda: decode_cost(remembering, latent_shape, coding, one_pass=work),
                 )
 
-            more = (CODEC_BYTES if what == "decode" else 0) + (EXACT_BYTES if isinstance(coding, Bound) else 0)
+            more = CODEC_BYTES if what == "decode" else 0
             ways.append(
                 Way(
                     name=name,

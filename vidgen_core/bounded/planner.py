@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import SettingsError
-from ..nn.strips import Block, CausalAttention, ConvLayer, Layer, Residual, Size, slab_bytes
+from ..nn.strips import Block, CausalAttention, ConvLayer, Layer, Residual, Size, UpsampleLayer, slab_bytes
 from .volumes import row_bytes
 
 WORK_BYTES = 24 << 20
@@ -307,21 +307,33 @@ class _Planner:
 
     def _work(self, one: Pass, start: int) -> int:
         """What a strip takes."""
+        joined = one.joined
         steps = list(self._steps(one, start))[::-1]
+        layers = steps[: len(one.layers)]
         rows = 0, one.rows
-        if one.layers:
-            layer, size, rows, _ = steps[0]
+        if layers:
+            layer, size, rows, _ = layers[0]
             rows = layer.halo(rows, size.rows)
         scratch = slab_bytes(self.sizes[start], rows, one.frames, self.itemsize)
-        if one.joined is not None:
-            scratch += slab_bytes(one.size(self.sizes[start]), (0, one.rows + 2), steps[-1][3], self.itemsize)
-        largest = 0
-        for number, (layer, size, rows, frames) in enumerate(steps):
+        largest, before = 0, None
+        for layer, size, rows, frames in layers:
             held, needed = layer.work(size, rows, frames, self.itemsize)
-            if number:  # the first one reads scratch memory
-                needed += slab_bytes(size, layer.halo(rows, size.rows), frames, self.itemsize)
-            scratch, largest = scratch + held, max(largest, needed)
+            needed += self._loose(before, size, layer.halo(rows, size.rows), frames)
+            scratch, largest, before = scratch + held, max(largest, needed), layer
+        if joined is not None:
+            # What goes past the two convolutions needs no memory of its own: it is added to what they give.
+            _, size, rows, frames = steps[-1 if joined.shortcut is None else -2]
+            held, needed = joined.second.work(size, rows, frames, self.itemsize)
+            needed += self._loose(before, one.size(self.sizes[start]), rows, frames)
+            scratch += held + slab_bytes(size, joined.second.halo(rows, size.rows), frames, self.itemsize)
+            largest = max(largest, needed)
         return scratch + largest
+
+    def _loose(self, layer: Layer | None, size: Size, rows: tuple[int, int], frames: int) -> int:
+        """What a layer has given, where that does not lie in scratch memory, as the input does and an upsampling's."""
+        if layer is None or isinstance(layer, UpsampleLayer):
+            return 0
+        return slab_bytes(size, rows, frames, self.itemsize)
 
     def _kept(self, one: Pass, start: int, stop: int, keeps_inner: bool) -> int:
         """What lies whole in memory beside the strip, at most."""

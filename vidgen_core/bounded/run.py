@@ -167,6 +167,8 @@ class Run:
                 if statistics is not None:
                     statistics.add(made)
                 x.write(rows, slab[0], made)
+                del softmax, made
+                self.store.tidy()
                 self._tick()
         keys.close()
         values.close()

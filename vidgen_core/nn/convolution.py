@@ -19,6 +19,8 @@ from ..stop import check_cancelled
 CHANNELS_LAST = torch.channels_last_3d
 PART_OPERATIONS = 2e10
 """of one convolution: a slow core has done them in half a second, and between two of them a stop is heard"""
+PARTS = 8
+"""at least, where there are several: what is copied for one of them takes little memory beside the whole"""
 
 
 class Conv3d(nn.Conv3d):
@@ -37,13 +39,12 @@ def conv3d(
     padding: Sequence[int] = (0, 0, 0),
 ) -> Tensor:
     """(B, C, T, H, W) -> (B, C', T', H', W'), with zeros around it; the layout of ``x`` is kept."""
-    if x.is_meta and _is_inference(x) and _is_narrow(x):
-        return _channels_last(F.conv3d(_channels_last(x), weight, bias, tuple(stride), tuple(padding)))
-    if x.device.type == "cpu" and _is_inference(x):
+    if _is_inference(x):
+        x = _channels_last(x) if x.is_meta and _is_narrow(x) else x
         shape = _shape_after(x, weight, stride, padding)
-        num_rows = int(PART_OPERATIONS * shape[3] / (2 * math.prod(weight.shape[1:]) * math.prod(shape)))
-        if max(1, num_rows) < shape[3]:
-            return _by_rows(x, weight, bias, stride, padding, shape, max(1, num_rows))
+        num_parts = 2 * math.prod(weight.shape[1:]) * math.prod(shape) / PART_OPERATIONS
+        if num_parts > 1 and shape[3] > 1:
+            return _by_rows(x, weight, bias, stride, padding, shape, max(1, int(shape[3] / max(PARTS, num_parts))))
     return _whole(x, weight, bias, stride, padding)
 
 
@@ -81,6 +82,9 @@ def _by_rows(
 
 
 def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    if x.is_meta:
+        out = F.conv3d(x, weight, bias, tuple(stride), tuple(padding))
+        return _channels_last(out) if is_channels_last(x) else out
     if _is_inference(x) and x.dtype == torch.float32:
         return torch.mkldnn_convolution(x, weight, bias, tuple(padding), tuple(stride), (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, tuple(stride), tuple(padding))
