@@ -1,4 +1,4 @@
-"""A CogVideoX network that begins with a HunyuanVideo network's weights: block by block what the other one computes."""
+"""CogVideoX networks that begin with another one's weights: block by block what the other one computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vidgen.training.graft import _fit_time, fit_output, graft
+from vidgen.training.graft import _fit_time, fit_output, graft, graft_pairs
 from vidgen.training.teacher import time_of_share
 from vidgen.vidgen_core.errors import RecipeError
 from vidgen.vidgen_core.families import FAMILIES
@@ -152,3 +152,96 @@ def test_networks_of_other_sizes_are_refused(scion, grafted, changes, message):
 def test_only_a_hunyuan_network_can_be_grafted(grafted):
     with pytest.raises(RecipeError, match="Linear onto CogVideoXTransformer"):
         graft(grafted.network, nn.Linear(1, 1), grafted.diffusion, torch.randn(5, 8))
+
+
+# --- two latent frames to a token -------------------------------------------------------------------------------------
+
+PAIRS = replace(OWN, hidden_size=64, num_heads=4, patch=(2, 1, 1), in_channels=8, offset_embed=True, rope_fit="slice")
+ONE = replace(OWN, rope_fit="slice")
+
+
+def random_network(config: NetworkConfig, seed: int) -> cogvideox.CogVideoXTransformer:
+    network = FAMILIES["cogvideox"].parts["network"].build(config, {})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (1.0 if "norm" in name else 0.0))
+    return network.eval()
+
+
+@pytest.fixture
+def pair() -> tuple[cogvideox.CogVideoXTransformer, cogvideox.CogVideoXTransformer]:
+    own, scion = random_network(PAIRS, 1), random_network(ONE, 2)
+    graft_pairs(own, scion)
+    return own, scion
+
+
+class Told(nn.Module):
+    def __init__(self, vec: Tensor) -> None:
+        super().__init__()
+        self.vec = vec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vec
+
+
+@torch.no_grad()
+def test_both_halves_are_the_narrow_network(pair):
+    """Where both frames of a token are alike, so that a norm over both is the norm of each."""
+    own, scion = pair
+    torch.manual_seed(3)
+    x, context, timestep = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 3, 8), torch.tensor([10.0, 700.0])
+    vec = torch.randn(2, 32)
+    own.time_embed = scion.time_embed = Told(vec)  # fitted, and so near but not the same
+    seen: dict[str, Tensor] = {}
+    for name, network in (("own", own), ("scion", scion)):
+        network.final_layer.linear.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+    picture = torch.randn(2, 4, 6, 4, 4)  # counts for nothing yet, nor does the offset
+    own(torch.cat([x.repeat_interleave(2, 2), picture], 1), timestep, context, offset=torch.tensor([2.0, 2.0]))
+    scion(x, timestep, context)
+    first, second = seen["own"].chunk(2, dim=-1)
+    # float32, two blocks of random weights
+    torch.testing.assert_close(first, seen["scion"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, seen["scion"], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_half_sees_every_other_frame(pair):
+    own, scion = pair
+    x = torch.randn(1, 4, 6, 4, 4)
+    tokens = own.patch_embed.video(torch.cat([x, torch.randn(1, 4, 6, 4, 4)], 1))
+    for half, frames in zip(tokens.chunk(2, dim=-1), (x[:, :, ::2], x[:, :, 1::2]), strict=True):
+        torch.testing.assert_close(half, scion.patch_embed.video(frames), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_time_of_pairs_says_what_it_said():
+    scion_path = bundled_models()["vidgen-tiny-cogvideox"] / "network.safetensors"
+    scion = load_network(scion_path, dtype=torch.float32).network
+    config = replace(scion.config, hidden_size=256, num_heads=8, patch=(2, 1, 1))
+    own = FAMILIES["cogvideox"].parts["network"].build(config, {})
+    graft_pairs(own, scion)
+    clock = torch.linspace(20, 980, 40)
+    told = own.time_embed(timestep_embedding(clock, 256))
+    wanted = scion.time_embed(timestep_embedding(clock, 128))
+    assert float((told - wanted).square().mean()) < 0.01 * float(wanted.var(0).mean())
+
+
+@pytest.mark.parametrize(
+    ("own", "scion", "message"),
+    [
+        ({"hidden_size": 32, "num_heads": 2}, {}, r"model\.hidden_size = 32, model\.num_heads = 2.*hidden_size = 64"),
+        ({"num_layers": 3}, {}, r"model\.num_layers = 3.*num_layers = 2"),
+        ({"patch": (1, 1, 1)}, {}, r"model\.patch = \(1, 1, 1\).*\(2, 1, 1\)"),
+        ({}, {"patch": (1, 2, 2)}, r"a patch of \(1, 2, 2\).*one latent frame to a token"),
+        ({}, {"positions": "sincos"}, "sincos.*rotations"),
+    ],
+)
+def test_pairs_of_other_sizes_are_refused(own, scion, message):
+    with pytest.raises(RecipeError, match=message):
+        graft_pairs(random_network(replace(PAIRS, **own), 1), random_network(replace(ONE, **scion), 2))
+
+
+def test_only_cogvideox_is_grafted_in_pairs(scion):
+    with pytest.raises(RecipeError, match="HunyuanVideoTransformer onto CogVideoXTransformer"):
+        graft_pairs(random_network(PAIRS, 1), scion)

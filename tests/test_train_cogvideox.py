@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from vidgen.training.teacher import Teacher, TeacherSettings, noise_share, time_
 from vidgen.training.text import caption_tokenizer
 from vidgen.vidgen_core.diffusion import flow_matching, scaled_linear_table, snr_shift, vp, zero_terminal_snr
 from vidgen.vidgen_core.errors import RecipeError
+from vidgen.vidgen_core.families import FAMILIES
 from vidgen.vidgen_core.families.cogvideox.config import NetworkConfig, TextConfig
 from vidgen.vidgen_core.families.cogvideox.text import T5Text
 from vidgen.vidgen_core.model import load_network
@@ -250,3 +252,28 @@ def test_it_learns_and_its_file_loads(recipe):
 def test_recipes_that_cannot_work_are_refused(recipe, changes, message):
     with pytest.raises(RecipeError, match=message):
         DitObjective(replace(recipe, **changes))
+
+
+def test_a_network_of_pairs_begins_with_a_narrow_one(recipe: DitRecipe, tmp_path: Path):
+    """And begins better than from nothing: its weights and an output layer fitted to clips."""
+    narrow = replace(NETWORK, in_channels=16, hidden_size=16, num_heads=1, patch=(1, 1, 1), offset_embed=False)
+    torch.manual_seed(0)
+    network = FAMILIES["cogvideox"].parts["network"].build(narrow, {})
+    network.init_weights(torch.Generator().manual_seed(0))
+    path = tmp_path / "narrow.safetensors"
+    save_checkpoint(
+        path, network.state_dict(), family="cogvideox", part="network", config=narrow,
+        metadata={"vidgen.defaults": json.dumps(asdict(recipe.defaults))},
+    )  # fmt: skip
+    pairs = replace(recipe, model=asdict(replace(NETWORK, patch=(2, 1, 1))))
+    grafted, fresh = DitObjective(replace(pairs, graft=str(path))), DitObjective(pairs)
+    block = grafted.network.layers[1].dense.weight
+    torch.testing.assert_close(block, torch.block_diag(*2 * [network.layers[1].dense.weight]))
+    assert float(grafted.network.final_layer.linear.weight.detach().abs().max()) > 0
+    with torch.no_grad():
+        assert grafted._validation_loss()["validation"] < fresh._validation_loss()["validation"]
+
+
+def test_a_network_begins_with_one_other(recipe: DitRecipe):
+    with pytest.raises(RecipeError, match=r"graft = 'a', init = 'b'"):
+        DitObjective(replace(recipe, graft="a", init="b"))

@@ -32,7 +32,7 @@ from .data.latents import load_frozen_codec, open_latents
 from .data.pool import PoolSettings, drawing_odds, pick
 from .data.styles import STYLES
 from .export import export_network
-from .graft import fit_output, graft
+from .graft import fit_output, graft, graft_pairs
 from .loop import Draw, Objective, mix
 from .lora import Adapters, LoraSettings, write_loras
 from .pictures import contact_sheet, to_pixels
@@ -117,6 +117,9 @@ class DitRecipe:
     evaluation: DitEvaluationSettings = field(default_factory=DitEvaluationSettings)
     init: str | None = None
     """a network file to start from"""
+    graft: str | None = None
+    """a network file of half the width that takes one latent frame to a token: this one takes two and begins with its
+    weights twice, see ``graft.py``"""
     teacher: TeacherSettings | None = None
     """another network of the same latents that knows the captions already"""
     lora: LoraSettings | None = None
@@ -153,6 +156,7 @@ class DitObjective(Objective):
 
     def __init__(self, recipe: DitRecipe) -> None:
         super().__init__()
+        _check_beginning(recipe)
         base = None if recipe.lora is None else _base(recipe)
         if base is not None:
             recipe = replace(recipe, family=base.family.name, defaults=base.defaults)
@@ -175,10 +179,12 @@ class DitObjective(Objective):
             self.teacher = Teacher(
                 recipe.teacher, channels=channels, precision=recipe.run.precision, compile=recipe.compile
             )
+        if recipe.graft is not None:  # before clips are drawn and encoded: it may not fit
+            graft_pairs(self.network, load_network(recipe.graft, dtype=torch.float32).network)
         self.cache = open_latents(recipe.pool, recipe.codec, processes=recipe.run.processes)
         self.odds = drawing_odds(self.cache.scenes, recipe.mix.emphasis)
-        if recipe.teacher is not None and recipe.teacher.graft and recipe.init is None:
-            self._graft()
+        if recipe.graft is not None or (recipe.init is None and recipe.teacher is not None and recipe.teacher.graft):
+            self._fit_to_clips()
         if recipe.compile:
             # One block of each kind is compiled and serves all of them: the whole network would take far longer.
             for block in blocks_at(self.network, self.model.family.blocks):
@@ -193,13 +199,14 @@ class DitObjective(Objective):
             start_from(recipe.init, "network", network, config, ignore=("accepts_first_frame",))
         return VideoModel.of(recipe.family, config, network, defaults=recipe.defaults)
 
-    def _graft(self) -> None:
-        """Begin with the teacher's weights, and an output layer fitted to a few of the clips."""
+    def _fit_to_clips(self) -> None:
+        """Begin with the teacher's weights, if asked to, and an output layer fitted to a few of the clips."""
         teacher, num = self.teacher, min(GRAFT_CLIPS, len(self.cache))
-        assert teacher is not None
         rng, generator = np.random.default_rng(self.recipe.run.seed), torch.Generator().manual_seed(0)
         captions = [shapes.caption(self.cache.scenes[index], rng) for index in range(num)]
-        graft(self.network, teacher.model.network, self.model.diffusion, teacher.text.encode(captions).pooled)
+        if self.recipe.graft is None:
+            assert teacher is not None
+            graft(self.network, teacher.model.network, self.model.diffusion, teacher.text.encode(captions).pooled)
         x0 = torch.stack([self.cache.video(index) for index in range(num)])
         noise = torch.stack([self._noise(latent.shape, generator) for latent in x0])
         batch = self._assembled(x0, noise, self.shares(num, generator), captions, teacher=teacher)
@@ -467,6 +474,20 @@ def _base(recipe: DitRecipe) -> VideoModel:
             "The network of a LoRA is what its file says", given="[model] beside [lora]", do="leave [model] out"
         )
     return load_network(recipe.init, dtype=torch.float32)
+
+
+def _check_beginning(recipe: DitRecipe) -> None:
+    if recipe.graft is None:
+        return
+    given = [f"init = {recipe.init!r}"] if recipe.init is not None else []
+    given += ["teacher.graft = true"] if recipe.teacher is not None and recipe.teacher.graft else []
+    given += ["[lora]"] if recipe.lora is not None else []
+    if given:
+        raise RecipeError(
+            "A network begins with the weights of one other",
+            given=", ".join([f"graft = {recipe.graft!r}", *given]),
+            expected="one of them",
+        )
 
 
 def _check_compiler() -> None:

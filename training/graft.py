@@ -1,13 +1,16 @@
-"""A CogVideoX network that begins with the weights of a HunyuanVideo network of its size.
+"""CogVideoX networks that begin with the weights of another one: HunyuanVideo's, or one of half the width.
 
-Both read latents as tokens, turn heads by the same positions and shift, scale and gate by the time, so most of what a
-trained network of one family knows about latents serves the other. What differs is left to training:
+:func:`graft`: both families read latents as tokens, turn heads by the same positions and shift, scale and gate by the
+time, so most of what a trained network of one family knows about latents serves the other. What differs is learned:
 
 * a double block's video stream becomes a block, its text stream is lost: CogVideoX's blocks treat both kinds of
   tokens with the same matrices;
 * a single block's attention and MLP run in parallel, here one after the other;
 * the prompt's one vector is gone; its mean moves into the time's embedding, which is fitted to the other clock;
 * another noise process asks for another output, and the last layer is fitted to that by least squares.
+
+:func:`graft_pairs`: a network that reads two latent frames as one token has, to begin with, the weights of one that
+reads them one by one twice, side by side, so that either half of it sees every other frame.
 """
 
 from __future__ import annotations
@@ -134,7 +137,11 @@ def _fit_time(
     """Let the time's embedding give, at each share of noise, what the other one gave together with a mean prompt."""
     share = torch.linspace(0.002, 0.998, 512)
     clock = diffusion.clock(time_of_share(diffusion, share).double()).float()
-    wanted = scion.time_in(1000 * share) + scion.vector_in(pooled).mean(0)
+    _fit_embedding(network, clock, scion.time_in(1000 * share) + scion.vector_in(pooled).mean(0))
+
+
+def _fit_embedding(network: CogVideoXTransformer, clock: Tensor, wanted: Tensor) -> None:
+    """Let the time's embedding give what is wanted, (N, E), at these entries of the noise table, (N,)."""
     told = timestep_embedding(clock, network.config.hidden_size)
     nn.init.xavier_uniform_(network.time_embed[0].weight, generator=torch.Generator().manual_seed(0))
     with torch.enable_grad():
@@ -146,6 +153,81 @@ def _fit_time(
             optimizer.step()
             schedule.step()
     network.zero_grad()
+
+
+@torch.no_grad()
+def graft_pairs(network: nn.Module, scion: nn.Module) -> None:
+    """Overwrite ``network`` but for its output layer (:func:`fit_output`) with ``scion``'s weights, twice side by side.
+
+    Args:
+        network: with a patch of two latent frames, and twice ``scion``'s width and heads. What it reads besides the
+            noisy latents (a picture, an offset) does nothing at first.
+        scion: with a patch of one frame, and as many blocks.
+
+    Raises:
+        RecipeError: the networks are not of such sizes.
+    """
+    if not isinstance(network, CogVideoXTransformer) or not isinstance(scion, CogVideoXTransformer):
+        raise RecipeError(
+            "Only CogVideoX networks are grafted in pairs",
+            given=f"{type(scion).__name__} onto {type(network).__name__}",
+        )
+    _check_pairs(network, scion)
+    own, other = network.state_dict(), scion.state_dict()
+    taken: dict[str, Tensor] = {}
+    for name, value in other.items():
+        if name == "patch_embed.proj.weight":
+            taken[name] = _first_layer(network, value)
+        elif name.startswith(("time_embed", "final_layer.linear")):
+            continue
+        elif "adaLN_modulation" in name:  # shifts, scales and gates, each (D, E) or (D,)
+            count = 2 if name.startswith("final_layer") else 12
+            taken[name] = value.unflatten(0, (count, -1)).repeat_interleave(2, 0).flatten(0, 1)
+        elif "query_key_value" in name:
+            taken[name] = torch.cat([_twice(part) for part in value.chunk(3)])
+        elif name == "patch_embed.text_proj.weight":
+            taken[name] = value.repeat(2, 1)
+        elif own[name].shape == value.shape:  # a norm of each head
+            taken[name] = value
+        else:
+            taken[name] = _twice(value)
+    network.load_state_dict(own | taken)
+    if network.ofs_embed is not None:
+        for parameter in network.ofs_embed[-1].parameters():
+            nn.init.zeros_(parameter)
+    clock = torch.linspace(0, 999, 512)
+    _fit_embedding(network, clock, scion.time_embed(timestep_embedding(clock, scion.config.hidden_size)))
+
+
+def _twice(value: Tensor) -> Tensor:
+    """A vector after itself, a matrix as two blocks on the diagonal."""
+    return torch.block_diag(value, value) if value.ndim == 2 else value.repeat(2)
+
+
+def _first_layer(network: CogVideoXTransformer, weight: Tensor) -> Tensor:
+    """(D, C, 1, 1) -> (2 D, C' * 2): a token's channels are ordered (C', frame); a picture's count for nothing."""
+    width, channels = weight.shape[:2]
+    first = weight.new_zeros(2, width, network.config.in_channels, 2)
+    for frame in range(2):
+        first[frame, :, :channels, frame] = weight.flatten(1)
+    return first.flatten(2).flatten(0, 1)
+
+
+def _check_pairs(network: CogVideoXTransformer, scion: CogVideoXTransformer) -> None:
+    own, other = network.config, scion.config
+    sizes = {name: (getattr(own, name), getattr(other, name)) for name in ("num_layers", "text_width", "time_width")}
+    sizes |= {name: (getattr(own, name), getattr(other, name)) for name in ("mlp_ratio", "rope_axes", "out_channels")}
+    sizes |= {name: (getattr(own, name), 2 * getattr(other, name)) for name in ("hidden_size", "num_heads")}
+    sizes["patch"] = own.patch, (2, 1, 1)
+    wrong = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+    if wrong or other.patch != (1, 1, 1) or {own.positions, other.positions} != {"rope"}:
+        raise RecipeError(
+            "The weights to begin with do not fit into this network twice",
+            given=", ".join(f"model.{name} = {pair[0]}" for name, pair in wrong.items())
+            or f"a patch of {other.patch}, positions {own.positions!r} and {other.positions!r}",
+            expected=", ".join(f"{name} = {pair[1]}" for name, pair in wrong.items())
+            or "one latent frame to a token, and rotations",
+        )
 
 
 @torch.no_grad()
