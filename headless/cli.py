@@ -469,6 +469,8 @@ def generate_prompt(arguments: argparse.Namespace, classes: Mapping[str, type]) 
     loader = prompt[node_of(prompt, "VidGenLoadAll")]["inputs"]
     if arguments.model is not None:
         loader["model_folder"] = arguments.model
+    if arguments.image is not None:
+        loader["model_folder"] = _for_picture(loader["model_folder"], arguments.models)
     loader |= _memory(arguments)
     plan = _preflight(arguments, loader["model_folder"])
     shape = plan.shape
@@ -665,6 +667,20 @@ def _workflow(arguments: argparse.Namespace) -> str:
     if arguments.image is not None:
         return "hunyuan_i2v"
     return "hunyuan_t2v" if arguments.video is None else "hunyuan_v2v"
+
+
+def _for_picture(model: str, folders: Sequence[Path]) -> str:
+    """The model, or of two networks in its folder the one that goes on from a picture."""
+    from ..nodes.host import LocalNodeHost
+    from ..vidgen_core.bundle import network_for_picture
+
+    host = LocalNodeHost(folders=model_folders(folders))
+    folder = host.find_model_folder(model)
+    file = network_for_picture(folder) if folder.is_dir() else None
+    if file is None:
+        return model
+    is_known = model in host.model_folders() and file.parent == folder
+    return f"{model}/{file.name}" if is_known else str(file)
 
 
 def _denoise(arguments: argparse.Namespace) -> float:

@@ -61,7 +61,7 @@ class NodeHost(Host, Protocol):
         ...
 
     def find_model_folder(self, name: str) -> Path:
-        """The folder that the user calls ``name``; FileError if there is none."""
+        """The folder that the user calls ``name``, or the file of a network in it; FileError if there is none."""
         ...
 
     def inputs(self, endings: Collection[str]) -> list[str]:
@@ -218,8 +218,13 @@ def file_below(folder: Path, name: str) -> Path | None:
 
 
 def known_folder(host: NodeHost, name: str) -> Path:
-    """A folder of ``host.model_folders()``; FileError with the names that exist."""
+    """A folder of ``host.model_folders()`` or, as ``FOLDER/FILE``, a file in it; FileError with the names there are."""
     folders = host.model_folders()
+    folder, _, file = name.replace("\\", "/").partition("/")
+    if file and folder in folders:
+        for path in checkpoints_in(folders[folder]):
+            if path.name == file:
+                return path
     if name not in folders:
         raise FileError(
             "There is no such model", given=name, expected="one of " + (", ".join(folders) or "none at all")
@@ -321,7 +326,7 @@ class LocalNodeHost(LocalHost):
 
     def find_model_folder(self, name: str) -> Path:
         path = Path(name).expanduser()
-        return path if path.is_dir() else known_folder(self, name)
+        return path if path.exists() else known_folder(self, name)
 
     def inputs(self, endings: Collection[str]) -> list[str]:
         own = [] if self.input_folder is None else files_below(self.input_folder, endings)

@@ -45,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: list[str], *words: str)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--frames 0", ["number of frames", "0 frames", "use 1 frames"]),
+        ("--frames 0", ["number of frames", "0 frames", "use 1 frame."]),
         ("--frames -4", ["number of frames", "-4 frames"]),
         ("--frames 18", ["number of frames", "18 frames", "4 n + 1", "use 17 frames"]),
         ("--size -64x64", ["width", "-64 px", "positive multiple of 16"]),

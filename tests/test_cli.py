@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import vidgen
-from vidgen.headless.cli import main, model_folders, parse_size
+from vidgen.headless.cli import _parser, generate_prompt, main, model_folders, parse_size
 from vidgen.headless.progress import ProgressBar, clock_time
 from vidgen.headless.render import load_prompt, override, shipped
 from vidgen.headless.report import memory_bytes, quantity, size_text
 from vidgen.vidgen_core.errors import FileError, SettingsError
 from vidgen.vidgen_core.media import read_metadata, read_video
+from vidgen.vidgen_core.memory.host import bundled_models
 
 NODES: dict[str, type] = vidgen.NODE_CLASS_MAPPINGS
 
@@ -186,6 +187,24 @@ def test_an_image_is_the_first_frame(tiny_bundle_dir: Path, tmp_path: Path) -> N
     assert inputs["VidGenLoadImage"]["image"] == image
     assert inputs["VidGenImageToVideo"]["method"] == "auto"
     assert inputs["VidGenSampler"]["shift"] == 2
+
+
+def test_a_folder_with_two_networks_gives_the_one_that_is_needed(tmp_path: Path) -> None:
+    """A picture goes on with the network for pictures, under the name that it has on every machine."""
+    name = "vidgen-tiny-cogvideox"
+    image, words = ["--image", "vidgen-first-frame.png"], ["generate", "a red star", "-o", str(tmp_path / "a.mp4")]
+    own = bundled_models()[name]
+    for model, options, expected in (
+        (name, [], name),
+        (name, image, f"{name}/network_i2v.safetensors"),
+        (f"{name}/network_i2v.safetensors", image, f"{name}/network_i2v.safetensors"),
+        (str(own), image, str(own / "network_i2v.safetensors")),
+    ):
+        prompt = generate_prompt(_parser().parse_args([*words, "--model", model, *options]), NODES)
+        loader = next(node for node in prompt.values() if node["class_type"] == "VidGenLoadAll")
+        assert loader["inputs"]["model_folder"] == expected
+    assert main([*words, "--model", name, *image, "-q", "--steps", "1", "--frames", "9", "--size", "32x32"]) == 0
+    assert read_video(tmp_path / "a.mp4")[0].shape == (9, 32, 32, 3)
 
 
 def test_a_video_is_changed(tiny_bundle_dir: Path, tmp_path: Path) -> None:

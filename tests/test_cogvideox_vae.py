@@ -487,7 +487,7 @@ def test_even_latents_are_refused(latents: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 5, 16, 16), r"5 frames.*8 n \+ 1.*use 1 frames"),
+        ((1, 3, 5, 16, 16), r"5 frames.*8 n \+ 1.*use 9 frames"),
         ((1, 3, 13, 16, 16), r"13 frames.*8 n \+ 1"),
         ((1, 3, 8, 16, 16), r"8 frames.*use 9 frames"),
         ((1, 3, 9, 12, 16), "12 px"),

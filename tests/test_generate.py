@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen.vidgen_core.bundle import Bundle, load_bundle
+from vidgen.vidgen_core.bundle import Bundle, load_bundle, network_for_picture
 from vidgen.vidgen_core.errors import (
     Cancelled,
     CheckpointError,
@@ -165,7 +165,8 @@ def test_settings_that_cannot_be_used_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("size", "says"),
     [
-        ((0, 32, 32), "use 1 frames"),
+        ((0, 32, 32), "use 1 frame."),
+        ((2, 32, 32), "use 5 frames"),
         ((6, 32, 32), "use 5 frames"),
         ((-3, 32, 32), "frames"),
         ((9, -32, 32), "height"),
@@ -467,9 +468,13 @@ def test_a_network_beside_another_one(tiny_bundle_dir: Path, tmp_path: Path) -> 
     named = load_bundle(folder / "a_i2v.safetensors", device="cpu")
     assert named.model.config.image_condition == "token_replace"
     assert named.headers["codec"].path == folder / "vae.safetensors"
+    assert network_for_picture(folder) == folder / "a_i2v.safetensors"
+    assert network_for_picture(tiny_bundle_dir) is None
     shutil.copy(folder / "network.safetensors", folder / "other.safetensors")
     with pytest.raises(CheckpointError, match="two files with a"):
         load_bundle(folder, device="cpu")
+    shutil.copy(folder / "a_i2v.safetensors", folder / "b_i2v.safetensors")
+    assert network_for_picture(folder) is None  # nobody knows which of both
 
 
 def test_who_names_no_model_gets_the_first_bundled_one() -> None:

@@ -27,6 +27,7 @@ from vidgen.nodes.video import Decode, DecodeSave, EncodeVideo, LoadVideo, SaveV
 from vidgen.vidgen_core.errors import CheckpointError, FileError, SettingsError
 from vidgen.vidgen_core.generate import Sampling, generate, load_bundle
 from vidgen.vidgen_core.media import read_metadata, read_video, video_to_images
+from vidgen.vidgen_core.memory.host import bundled_models
 from vidgen.vidgen_core.types import VideoShape
 
 ROOT = Path(vidgen.__file__).resolve().parent
@@ -660,6 +661,10 @@ def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tin
         host.find("lora", str(tiny_bundle_dir / "network.safetensors"))
     with pytest.raises(FileError):
         host.find_model_folder(str(tiny_bundle_dir))
+    with pytest.raises(FileError):
+        host.find_model_folder("vidgen-tiny-cogvideox/../vidgen-tiny-hunyuan/network.safetensors")
+    network = host.find_model_folder("vidgen-tiny-cogvideox/network_i2v.safetensors")
+    assert network == bundled_models()["vidgen-tiny-cogvideox"] / "network_i2v.safetensors"
     with pytest.raises(FileError):
         host.find_input("missing.mp4")
 

@@ -233,9 +233,20 @@ def _only(part: str, candidates: list[tuple[Header, Found]]) -> tuple[Header, Fo
         raise CheckpointError(
             f"There are two files with a {TITLES[part]}",
             given=f"{candidates[0][0].path} and {candidates[1][0].path}",
-            do="name the files to use instead of the folder",
+            do="name one of them in place of the folder, or load each part by itself",
         )
     return candidates[0]
+
+
+def network_for_picture(source: str | Path) -> Path | None:
+    """The file of the network that goes on from a picture, where a folder holds others beside just one of those.
+
+    Raises:
+        FileError: there is no such model.
+    """
+    candidates = _identified(_files(source)[0])[0].get("network", [])
+    found = [header.path for header, item in candidates if _needs_picture(item)]
+    return found[0] if len(found) == 1 < len(candidates) else None
 
 
 def _needs_picture(network: Found) -> bool:

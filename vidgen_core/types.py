@@ -100,11 +100,14 @@ class VideoShape:
         offset = 1 if grid.causal else 0
         if self.num_frames < 1 or (self.num_frames - offset) % grid.step:
             rule = f"{grid.step} n + {offset} frames" if grid.step > 1 else "at least 1 frame"
+            near = nearest.num_frames
+            if self.num_frames > 1 == near:  # who wants a video is not told to make a picture
+                near = offset + grid.step
             raise SettingsError(
                 "The number of frames cannot be used",
                 given=f"{self.num_frames} frames",
                 expected=f"{rule} (1, 5, 9, 13, 17, ...)" if (grid.step, offset) == (4, 1) else rule,
-                do=f"use {nearest.num_frames} frames",
+                do=f"use {near} frame{'s' if near > 1 else ''}",
             )
 
 
