@@ -194,7 +194,7 @@ def test_a_dropped_picture_or_webm_opens_its_workflow(visit: Visit, kind: str, m
     visit.drop(f"made.{kind}", carrying(kind, tmp_path), mime)
     visit.page.wait_for_function(
         """() => window.app.graph._nodes.find((one) => one.type === "VidGenEncodePrompt")?.widgets.some(
-            (one) => one.value === "a red star spins on a blue background")"""
+            (one) => one.value === "a red heart bounces on a blue background")"""
     )
     assert visit.widgets("VidGenEmptyLatent") == {"width": 64, "height": 64, "num_frames": 17, "batch_size": 1}
     assert visit.errors == []

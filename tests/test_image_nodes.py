@@ -447,7 +447,7 @@ def test_the_examples_are_in_the_lists_and_load() -> None:
     assert {"vidgen-first-frame.png", "vidgen-mask.png"} <= set(host.inputs(hosts.IMAGE_ENDINGS))
     assert host.inputs(hosts.VIDEO_ENDINGS) == ["vidgen-circle.mp4", "vidgen-sound.mp4"]
     assert LoadImage().load("vidgen-first-frame.png")[0].shape == (1, 64, 64, 3)
-    assert LoadImage().load("vidgen-mask.png")[1].mean() == 0.5
+    assert LoadImage().load("vidgen-mask.png")[1].mean() == 0.75
     frames, fps, number, _ = LoadVideo().load("vidgen-circle.mp4", 0, 0)
     assert (frames.shape, fps, number) == ((17, 64, 64, 3), 8.0, 17)
 

@@ -44,7 +44,7 @@ def main() -> None:
     write_video(INPUTS / "vidgen-sound.mp4", frames(2, CIRCLE), fps=shapes.FPS, sound=sounding)
     alpha = np.full((shapes.SIZE_PX, shapes.SIZE_PX, 4), 128, dtype=np.uint8)
     alpha[..., 3] = 255
-    alpha[: shapes.SIZE_PX // 2, :, 3] = 0  # transparent is what is made new: the upper half
+    alpha[: shapes.SIZE_PX * 3 // 4, :, 3] = 0  # transparent is what is made new: the upper three quarters
     Image.fromarray(alpha).save(INPUTS / "vidgen-mask.png", optimize=True)
 
 
