@@ -14,7 +14,7 @@ from vidgen.vidgen_core.generate import Sampling, generate, load_bundle
 from vidgen.vidgen_core.media import images_to_frames, video_to_images
 
 PROMPTS = (
-    "a red star spins on a blue background",
+    "a red star grows on a blue background",
     "a small pink heart bounces, the camera zooms in",
     "a large yellow circle moves to the right",
     "a green square shrinks, the camera pans left",
