@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..vidgen_core.families.cogvideox import FAMILY
 from ..vidgen_core.families.cogvideox.codec import CogVideoXCodec
-from ..vidgen_core.families.cogvideox.config import CodecConfig, NetworkConfig, TextConfig
+from ..vidgen_core.families.cogvideox.config import T2V_5B, T5_XXL, VAE_5B, CodecConfig, NetworkConfig, TextConfig
 from ..vidgen_core.families.cogvideox.keys import LAYOUTS
 from ..vidgen_core.families.cogvideox.network import CogVideoXTransformer
 from ..vidgen_core.families.cogvideox.text import T5Text
@@ -71,6 +71,14 @@ TINY = Sizes(
         rope_axes=(4, 6, 6),
     ),
 )  # fmt: skip
+PUBLISHED_5B = Sizes(
+    network=T2V_5B,
+    codec=VAE_5B,
+    codec_latents=(13, 60, 90),
+    tile=(240, 360),
+    t5=T5_XXL.t5,
+    loader=T2V_5B,
+)
 SIZES = {"reduced": REDUCED, "tiny": TINY}
 BAR = 1.00
 ENTRY = 799
@@ -163,7 +171,7 @@ def _load_theirs(folder: Path, setting: Setting) -> CogVideoXTransformer3DModel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """What a network is given, and what each side makes of it once for all steps."""
 
     config: NetworkConfig
@@ -208,7 +216,7 @@ class _Asked:
 
 def _network(setting: Setting, sizes: Sizes) -> Contest:
     config = sizes.network
-    asked = _Asked(config, setting)
+    asked = Asked(config, setting)
     frames, rows, columns = config.trained_grid
     return Contest(
         prepare=lambda folder: _write_network(folder, config, setting.dtype),
@@ -376,7 +384,7 @@ def _transformers_t5(dims: T5Dims, path: Path, setting: Setting) -> nn.Module:
 
 def _loader(setting: Setting, sizes: Sizes) -> Contest:
     config = sizes.loader
-    asked = _Asked(config, setting)
+    asked = Asked(config, setting)
 
     def prepare(folder: Path) -> None:
         _write_network(folder, config, "fp8" if setting.dtype == "fp8" else "bf16")

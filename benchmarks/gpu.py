@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: HunyuanVideo at its published size with random weights.
+"""Everything that needs a GPU, in one go: HunyuanVideo and CogVideoX at their published sizes, random weights.
 
     benchmarks/gpu.sh results            # all of it, under 9 minutes on a card of an H200's class
     benchmarks/gpu.sh --dry-run results  # every item at a tiny size on the CPU
@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.weights.save import atomic_path, save_json
+from . import gpu_cogvideox
 from .full_size import GIB, commit, write_checkpoint
-from .render import machine, peak_bytes
+from .gpu_tools import drawn, figure, forget, peak_gib, seconds_of
+from .render import machine
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ..vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig
     from ..vidgen_core.model import VideoModel
     from ..vidgen_core.text.features import TextFeatures
+    from .compare_cogvideox import Sizes
 
 MINUTES = 8.75
 """for all items; what is left of nine goes to starting and writing"""
@@ -63,6 +65,9 @@ class Scale:
     budgets_gib: tuple[float, ...]
     """for weights on the card"""
     decode_budget_gib: float
+    num_steps: int
+    """of a run with a step cache"""
+    cogvideox: Sizes
     folder: Path
     """where pictures go"""
 
@@ -76,6 +81,7 @@ class Scale:
 def full_scale(folder: Path) -> Scale:
     """320x512x61, 544x960x129 and 720x1280x129 through the 13 B network, on the GPU."""
     from ..vidgen_core.families.hunyuan.config import T2V_720P, VAE_884_16C
+    from .compare_cogvideox import PUBLISHED_5B
 
     return Scale(
         device="cuda",
@@ -89,12 +95,15 @@ def full_scale(folder: Path) -> Scale:
         tile_px=256,
         budgets_gib=(2.0, 6.0, 10.0),
         decode_budget_gib=24.0,
+        num_steps=12,
+        cogvideox=PUBLISHED_5B,
         folder=folder,
     )
 
 
 def dry_scale(folder: Path) -> Scale:
     """The same steps in a moment, on the CPU."""
+    from .compare_cogvideox import TINY as TINY_COGVIDEOX
     from .compare_hunyuan import TINY
 
     small = (2, 4, 4)
@@ -110,52 +119,14 @@ def dry_scale(folder: Path) -> Scale:
         tile_px=32,
         budgets_gib=(16.0, 24.0, 32.0),
         decode_budget_gib=1.0,
+        num_steps=8,
+        cogvideox=TINY_COGVIDEOX,
         folder=folder,
     )
 
 
 # ---------------------------------------------------------------------------------------------
 # what is measured with
-
-
-def seconds_of(run: Callable[[], Any], device: str, times: int = 1) -> float:
-    """Median of several runs; by the GPU's own clock where there is one."""
-    import torch
-
-    taken = []
-    for _ in range(times):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end) / 1000)
-        else:
-            started = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - started)
-    return median(taken)
-
-
-def peak_gib(device: str) -> float:
-    """The most that was in use on the GPU since :func:`forget`; on a CPU, of the whole process."""
-    import torch
-
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
-    return round(peak / GIB, 3)
-
-
-def forget(device: str) -> None:
-    """Give back what is not in use and begin the peak anew."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def step_flops(config: NetworkConfig, video: int, text: int) -> dict[str, float]:
@@ -183,15 +154,8 @@ def random_network(config: NetworkConfig, device: str, dtype: torch.dtype) -> Vi
     from ..vidgen_core.model import VideoModel
 
     with torch.device("meta"):
-        network = HunyuanVideoTransformer(config).to(dtype)
-    network.to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return VideoModel.of("hunyuan", config, network)
+        network = HunyuanVideoTransformer(config)
+    return VideoModel.of("hunyuan", config, drawn(network, device, dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +225,9 @@ def step_of(size: str) -> Callable[[Scale], dict[str, Any]]:
         flops = step_flops(scale.network, num_tokens(scale.network, latents), VALID_TEXT)
         total = sum(flops.values())
         return {
-            "seconds": _figure(seconds),
+            "seconds": figure(seconds),
             "tflops": _tflops(total, seconds),
-            "pflop": _figure(total / 1e15),
+            "pflop": figure(total / 1e15),
             "attention_share": round(flops["attention"] / total, 3),
             "peak_gib": peak_gib(scale.device),
             "weights_gib": round(sum(p.numel() * p.itemsize for p in model.network.parameters()) / GIB, 3),
@@ -305,7 +269,7 @@ def peer_of(size: str) -> Callable[[Scale], dict[str, Any]]:
         seconds = seconds_of(lambda: answers.append(peer(step.noise, step.features)), scale.device)
         theirs = {"seconds": seconds, "peak_gib": peak_gib(scale.device)}
         return {
-            "seconds": {"ours": _figure(ours["seconds"]), "diffusers": _figure(seconds)},
+            "seconds": {"ours": figure(ours["seconds"]), "diffusers": figure(seconds)},
             "ratio": round(ours["seconds"] / seconds, 4),
             "peak_gib": {"ours": ours["peak_gib"], "diffusers": theirs["peak_gib"]},
             "peak_ratio": round(ours["peak_gib"] / theirs["peak_gib"], 4),
@@ -329,7 +293,7 @@ def float8_linears(scale: Scale) -> dict[str, Any]:
     small = seconds_of(step, scale.device, times=3)
     return {
         "tokens": num_tokens(scale.network, scale.short) + VALID_TEXT,
-        "seconds": {"bf16": _figure(wide), "fp8": _figure(small)},
+        "seconds": {"bf16": figure(wide), "fp8": figure(small)},
         "times_faster": round(wide / small, 3),
         "difference": difference(rounded, exact)["relative"],
     }
@@ -344,14 +308,14 @@ def attention_backends(scale: Scale) -> dict[str, Any]:
     model = random_network(scale.network, scale.device, scale.torch_dtype)
     (step,) = _steps(scale, model, scale.middle)
     exact = step()
-    found: dict[str, Any] = {"auto": {"seconds": _figure(seconds_of(step, scale.device))}}
+    found: dict[str, Any] = {"auto": {"seconds": figure(seconds_of(step, scale.device))}}
     for name, backend in BACKENDS.items():
         if name == "sdpa_math" or not backend.is_installed or (backend.needs_gpu and scale.device == "cpu"):
             continue
         with attending_with(Dispatcher(AttentionChoice(backend=name))):
             answer = step()
             seconds = seconds_of(step, scale.device)
-        found[name] = {"seconds": _figure(seconds), "difference": difference(answer, exact)["relative"]}
+        found[name] = {"seconds": figure(seconds), "difference": difference(answer, exact)["relative"]}
     return found
 
 
@@ -367,8 +331,47 @@ def compiled_blocks(scale: Scale) -> dict[str, Any]:
     with compiled(model.network, model.family.blocks) as is_compiled:
         first = seconds_of(step, scale.device)
         after = seconds_of(step, scale.device, times=3)
-    seconds = {"plain": _figure(plain), "first": _figure(first), "compiled": _figure(after)}
+    seconds = {"plain": figure(plain), "first": figure(first), "compiled": figure(after)}
     return {"seconds": seconds, "times_faster": round(plain / after, 3), "is_compiled": is_compiled}
+
+
+def cached_steps(scale: Scale) -> dict[str, Any]:
+    """A whole run at the short size, with every step and with step caches.
+
+    What is skipped depends on the weights: these are random, so the figures show what a skipped step saves. How much a
+    trained network skips, and at what error, is measured by ``benchmarks.caching``.
+    """
+    import torch
+
+    from ..vidgen_core.caching import StepCache
+    from ..vidgen_core.generate import Sampling, measure_curve, sample_latents
+    from ..vidgen_core.tricks import Tricks
+    from .caching import counted
+    from .compare import difference
+    from .compare_hunyuan import GUIDANCE, network_inputs
+
+    model = random_network(scale.network, scale.device, scale.torch_dtype)
+    noise, features = network_inputs(scale.network, scale.short, VALID_TEXT, scale.device, scale.torch_dtype)
+    cond = model.conditioning(features, guidance=GUIDANCE)
+    settings = Sampling(num_steps=scale.num_steps, cfg=1.0, seed=0, shift=7.0, sampler="euler")
+    curve = measure_curve(model, cond, None, noise.shape, settings)  # a run of every step, which is not timed
+    answers: list[Tensor] = []
+    found: dict[str, Any] = {"steps": scale.num_steps}
+    ways = {"off": None, "first_block": StepCache.preset("first_block", "fast")}
+    ways |= {f"magcache {how}": StepCache.preset("magcache", how, curve=curve) for how in ("careful", "fast")}
+    for name, cache in ways.items():
+        run = model if cache is None else model.with_tricks(Tricks(cache=cache))
+        with counted(run) as count, torch.inference_mode():
+            seconds = seconds_of(
+                lambda run=run: answers.append(sample_latents(run, cond, None, noise.shape, settings)), scale.device
+            )
+        found[name] = {
+            "seconds": figure(seconds),
+            "times_faster": round(found["off"]["seconds"] / seconds, 3) if found.get("off") else 1.0,
+            "skipped": round(1 - count.ran / max(1, count.forwards), 3),
+            "difference": difference(answers[-1], answers[0])["relative"],
+        }
+    return found
 
 
 def streamed_from_file(scale: Scale) -> dict[str, Any]:
@@ -401,7 +404,7 @@ def _streamed(scale: Scale, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, 
             answers.append(step().float())
             seconds = seconds_of(step, scale.device)
             found[name] = {
-                "seconds": _figure(seconds),
+                "seconds": figure(seconds),
                 "peak_gib": peak_gib(scale.device),
                 "difference": difference(answers[-1], answers[0])["relative"],
             }
@@ -445,7 +448,7 @@ def decoded_in_tiles(scale: Scale) -> dict[str, Any]:
     with torch.inference_mode():
         seconds = seconds_of(lambda: videos.append(decoder.decode(latents)), scale.device)
     return {
-        "seconds": _figure(seconds),
+        "seconds": figure(seconds),
         "video": list(videos[0].shape[2:]),
         "peak_gib": peak_gib(scale.device),
         "finite": bool(videos[0].isfinite().all()),
@@ -466,7 +469,7 @@ def decoded_exactly(scale: Scale) -> dict[str, Any]:
     with torch.inference_mode():
         seconds = seconds_of(lambda: videos.append(decoder.decode(latents)), scale.device)
     return {
-        "seconds": _figure(seconds),
+        "seconds": figure(seconds),
         "budget_gib": scale.decode_budget_gib,
         "peak_gib": peak_gib(scale.device),
         "finite": bool(videos[0].isfinite().all()),
@@ -489,7 +492,7 @@ def decoded_by_peer(scale: Scale) -> dict[str, Any]:
     forget(scale.device)
     with torch.no_grad():
         seconds = seconds_of(lambda: twin.decode(latents / scale.codec.scaling_factor), scale.device)
-    return {"seconds": _figure(seconds), "peak_gib": peak_gib(scale.device)}
+    return {"seconds": figure(seconds), "peak_gib": peak_gib(scale.device)}
 
 
 def _random_codec(scale: Scale) -> tuple[Any, Tensor]:
@@ -506,12 +509,7 @@ def _random_codec(scale: Scale) -> tuple[Any, Tensor]:
 
 
 def _tflops(flops: float, seconds: float) -> float:
-    return _figure(flops / seconds / 1e12)
-
-
-def _figure(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}")
+    return figure(flops / seconds / 1e12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,8 +543,11 @@ ITEMS: Mapping[str, Item] = {
     "stream_file": Item("float8 blocks read from the file, 544x960x129", streamed_from_file, 60),
     "stream_profile": Item("a picture of float8 blocks on their way, 544x960x129", streamed_profile, 60),
     "peer_720p": Item("diffusers' masked attention beside it, 720x1280x129", peer_of("long"), 150, "diffusers"),
-    "step_cache": Item("steps skipped by a cache, with their error", None, needs=".vidgen_core.caching"),
-    "cogvideox": Item("CogVideoX-5B", None, needs=".vidgen_core.families.cogvideox"),
+    "step_cache": Item("12 steps with a cache at 320x512x61", cached_steps, 60, ".vidgen_core.caching"),
+    "cogvideox": Item(
+        "CogVideoX-5B beside diffusers: a step and a decode at 480x720x49, bf16",
+        *(gpu_cogvideox.beside_peer, 60, "diffusers"),
+    ),
     "svd": Item("Stable Video Diffusion", None, needs=".vidgen_core.families.svd"),
 }
 """in the order of their worth, as time may run out"""
@@ -658,7 +659,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report for people."""
     device = ", ".join(f"{name} {value}" for name, value in report["device"].items())
     lines = [
-        "# HunyuanVideo at full size on a GPU" + (" (a dry run: tiny sizes, CPU)" if report["dry_run"] else ""),
+        "# Published sizes on a GPU" + (" (a dry run: tiny sizes, CPU)" if report["dry_run"] else ""),
         "",
         f"{report['date']}, commit {report['commit']}, {device}.",
         "",
