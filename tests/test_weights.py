@@ -17,11 +17,13 @@ from torch import nn
 
 from vidgen.vidgen_core.errors import CheckpointError, FileError, RecipeError, UserError
 from vidgen.vidgen_core.families.hunyuan.config import NetworkConfig, Template, TextConfig
+from vidgen.vidgen_core.weights import files
 from vidgen.vidgen_core.weights.config import config_from_dict, config_from_json, config_to_json
 from vidgen.vidgen_core.weights.header import read_header
 from vidgen.vidgen_core.weights.load import load_module, read_tensors
 from vidgen.vidgen_core.weights.save import atomic_path, save_checkpoint, save_json, save_tensors
 
+EIGHT = torch.float8_e4m3fn
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1.0, 2.0]).half()}
 
 
@@ -247,6 +249,28 @@ def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
     read = read_tensors(read_header(tmp_path / "a.safetensors"))
     assert torch.equal(read["b"], shared[:2])
     assert torch.equal(read["c"], shared[::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_numbers_are_cast_piece_by_piece_as_they_are_read(tmp_path: Path, monkeypatch, dtype: torch.dtype) -> None:
+    """What torch's own cast of the whole gives; numbers that are not floating, float8 and strided ones stay."""
+    monkeypatch.setattr(files, "_PIECE_BYTES", 64)
+    stored = {
+        "half": torch.randn(7, 11).half(), "brain": torch.randn(33).bfloat16(), "single": torch.randn(5, 5),
+        "one": torch.tensor(2.5), "none": torch.zeros(0, 3), "count": torch.arange(40),
+        "eight": torch.randn(9).to(EIGHT),
+    }  # fmt: skip
+    save_tensors(tmp_path / "a.safetensors", stored)
+    header = read_header(tmp_path / "a.safetensors")
+    read = read_tensors(header, mapped=False, dtype=dtype)
+    for name, tensor in stored.items():
+        stays = name in ("count", "eight")
+        assert read[name].dtype == (tensor.dtype if stays else dtype)
+        assert torch.equal(read[name].float(), tensor.to(read[name].dtype).float())
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="became shorter"):
+        read_tensors(header, mapped=False, dtype=dtype)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

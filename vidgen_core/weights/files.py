@@ -11,6 +11,8 @@ from torch import Tensor
 
 _ALIGNMENT = 64
 """bytes; what torch allocates begins at a multiple of it, and so does a mapped file"""
+_PIECE_BYTES = 1 << 18
+"""read at a time where numbers are cast: they are still in the cache then"""
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
 
 
@@ -51,15 +53,30 @@ class PlainFile:
         # operands are aligned differently, and a streamed block must give the bits of a resident one.
         start = offset % _ALIGNMENT
         data = torch.empty(num_bytes + start, dtype=torch.uint8)[start:]
+        self._fill(data, offset)
+        return data
+
+    def read_as(self, offset: int, num_bytes: int, stored: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """The numbers there, cast from ``stored``: (n,) of ``dtype``. Only a piece of the file is in memory besides.
+        EOFError behind the end."""
+        out = torch.empty(num_bytes // stored.itemsize, dtype=dtype)
+        scratch = torch.empty(min(num_bytes, _PIECE_BYTES), dtype=torch.uint8)
+        for start in range(0, num_bytes, _PIECE_BYTES):
+            piece = scratch[: num_bytes - start]
+            self._fill(piece, offset + start)
+            begin = start // stored.itemsize
+            out[begin : begin + len(piece) // stored.itemsize] = piece.view(stored)
+        return out
+
+    def _fill(self, data: Tensor, offset: int) -> None:
         view = data.numpy().data
         self._file.seek(offset)
         done = 0
-        while done < num_bytes:
+        while done < len(data):
             count = self._file.readinto(view[done:])
             if not count:
                 raise EOFError("the file became shorter")
             done += count
-        return data
 
     def close(self) -> None:
         self._file.close()

@@ -86,7 +86,7 @@ def load_module(
     state = dict(wanted)
     for group in sources.resident(blocks):
         check_cancelled()
-        state.update(sources.state(group, sources.read(group)))
+        state.update(sources.state(group, sources.read(group, cast=True)))
     module.load_state_dict(state, strict=True, assign=True)
     if blocks:
         sources.stream(module, blocks, num_bytes)
@@ -127,12 +127,17 @@ class _Sources:
             groups.setdefault(module_of(self.native[name]), []).append(name)
         return list(groups.values())
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Mapped where the file's bytes become the weights as they are; else read, so that the copy is the only one."""
+    def read(self, names: Collection[str], *, cast: bool = False) -> dict[str, Tensor]:
+        """Mapped where the file's bytes become the weights as they are; else read, so that the copy is the only one.
+
+        Args:
+            cast: to the dtype already, where nothing else is made of them.
+        """
         targets = [self.native[name] for name in names]
         as_they_are = self.device.type == "cpu" and len(set(targets)) == len(targets)
         mapped = as_they_are and not any(map(self._is_cast, names))
-        return read_tensors(self.header, names, mapped=mapped, mappings=self.mappings)
+        dtype = self.dtype if cast and as_they_are and self.storage is None else None
+        return read_tensors(self.header, names, mapped=mapped, mappings=self.mappings, dtype=dtype)
 
     def _is_cast(self, name: str) -> bool:
         dtype = self.places[name].dtype
@@ -262,6 +267,7 @@ def read_tensors(
     device: torch.device | str = "cpu",
     mapped: bool = True,
     mappings: dict[Path, MappedFile] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of a checkpoint under their stored names, whatever kind of file it is.
 
@@ -272,6 +278,7 @@ def read_tensors(
         names: stored names; None reads all.
         mapped: views of the mapped files, read when they are used; else copies.
         mappings: of the files, to be shared by several calls; those that are missing are added.
+        dtype: floating tensors that are read, not mapped, and neither float8 nor strided are cast to it on the way.
 
     Raises:
         CheckpointError: a file is gone or has changed since its header was read.
@@ -288,8 +295,12 @@ def read_tensors(
                 mappings[path] = MappedFile(path)
             files[path] = mappings[path] if mapped else PlainFile(path)
         for name, place in places.items():
-            stored = scales.get(name, place)
-            tensor = _shaped(files[place.file].read(stored.offset, stored.num_bytes), stored)
+            stored, file = scales.get(name, place), files[place.file]
+            if isinstance(file, PlainFile) and dtype is not None and name not in scales and _may_be_cast(place, dtype):
+                flat = file.read_as(place.offset, place.num_bytes, place.dtype, dtype)
+                tensors[name] = flat.view(place.shape).to(device)
+                continue
+            tensor = _shaped(file.read(stored.offset, stored.num_bytes), stored)
             if name in scales:
                 tensor = tensor.float().flatten().expand(place.shape).clone()
             tensors[name] = tensor.to(device)
@@ -303,6 +314,10 @@ def read_tensors(
         for file in files.values():
             file.close()
     return tensors
+
+
+def _may_be_cast(place: Place, dtype: torch.dtype) -> bool:
+    return place.dtype.is_floating_point and place.dtype not in (dtype, *FLOAT8) and place.stride is None
 
 
 def _shaped(data: Tensor, place: Place) -> Tensor:
