@@ -5,6 +5,8 @@ torch and the core are imported when a node runs, so that loading the pack costs
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..vidgen_core.errors import UserError
@@ -252,6 +254,28 @@ def encoder_files(text_name: str, second_name: str, vision_name: str) -> list[Pa
     return [current().find(kind, name) for kind, name in chosen if name != NONE]
 
 
+def _choices(name: str, folder: Path) -> list[str]:
+    """The folder, and beside it the network for pictures where it holds another one."""
+    from ..vidgen_core.weights.shards import checkpoints_in
+
+    files = checkpoints_in(folder)
+    if len(files) < 4:  # two networks, a VAE, a text encoder
+        return [name]
+    with suppress(OSError, UserError):  # a damaged file is told when the folder is loaded
+        chosen = _network_for_picture(folder, tuple((file.name, file.stat().st_mtime_ns) for file in files))
+        if chosen is not None and chosen.parent == folder:
+            return [name, f"{name}/{chosen.name}"]
+    return [name]
+
+
+@lru_cache(maxsize=64)
+def _network_for_picture(folder: Path, state: tuple[tuple[str, int], ...]) -> Path | None:
+    """Asked anew when a file of the folder has changed: the list is made whenever the page is loaded."""
+    from ..vidgen_core.bundle import network_for_picture
+
+    return network_for_picture(folder)
+
+
 class LoadAll:
     CATEGORY = f"{CATEGORY}/loaders"
     DESCRIPTION = "Loads network, VAE and text encoders from one folder; each file is recognised by what is inside it."
@@ -265,8 +289,11 @@ class LoadAll:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         from .host import current
 
-        folders = list(current().model_folders())
-        tooltip = "A bundled model, or a folder in models/vidgen that holds the three parts."
+        folders = [one for name, folder in current().model_folders().items() for one in _choices(name, folder)]
+        tooltip = (
+            "A bundled model, or a folder in models/vidgen that holds the three parts. "
+            "FOLDER/FILE is its network that goes on from a picture."
+        )
         return {
             "required": {"model_folder": (folders, {"tooltip": tooltip}), "weight_dtype": DTYPE_INPUT},
             "optional": memory_inputs(),

@@ -663,7 +663,11 @@ def test_comfyui_reaches_no_file_outside_its_folders(comfy: SimpleNamespace, tin
         host.find_model_folder(str(tiny_bundle_dir))
     with pytest.raises(FileError):
         host.find_model_folder("vidgen-tiny-cogvideox/../vidgen-tiny-hunyuan/network.safetensors")
-    network = host.find_model_folder("vidgen-tiny-cogvideox/network_i2v.safetensors")
+    chosen = LoadAll.INPUT_TYPES()["required"]["model_folder"][0]
+    cogvideox = "vidgen-tiny-cogvideox"
+    assert chosen[:3] == ["vidgen-tiny-hunyuan", cogvideox, f"{cogvideox}/network_i2v.safetensors"]
+    assert LoadAll.VALIDATE_INPUTS(chosen[2]) is True
+    network = host.find_model_folder(chosen[2])
     assert network == bundled_models()["vidgen-tiny-cogvideox"] / "network_i2v.safetensors"
     with pytest.raises(FileError):
         host.find_input("missing.mp4")
