@@ -16,20 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from ..vidgen_core.families.cogvideox import FAMILY
-from ..vidgen_core.families.cogvideox.codec import CogVideoXCodec
 from ..vidgen_core.families.cogvideox.config import T2V_5B, T5_XXL, VAE_5B, CodecConfig, NetworkConfig, TextConfig
 from ..vidgen_core.families.cogvideox.keys import LAYOUTS
 from ..vidgen_core.families.cogvideox.network import CogVideoXTransformer
 from ..vidgen_core.families.cogvideox.text import T5Text
-from ..vidgen_core.families.cogvideox.vae import CogVideoXVAE
 from ..vidgen_core.model import VideoModel, load_text, open_part
 from ..vidgen_core.text.dims import T5Dims
 from ..vidgen_core.text.features import TextFeatures
 from ..vidgen_core.text.tokenizer import EOS, PAD, Tokenizer
 from ..vidgen_core.weights.load import load_module, read_tensors
 from ..vidgen_core.weights.save import save_checkpoint, save_tensors
-from .compare_hunyuan import Latents, as_float8, random_weights, version_of
-from .contest import Contest, Setting, Side, loading
+from .compare_codec import codec_contest
+from .compare_hunyuan import as_float8, random_weights, version_of
+from .contest import Contest, Latents, Setting, Side, loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
@@ -255,54 +254,15 @@ def diffusers_vae(config: CodecConfig) -> AutoencoderKLCogVideoX:
 
 
 def _codec(setting: Setting, sizes: Sizes) -> Contest:
-    config, latents = sizes.codec, sizes.codec_latents
-    shape = (1, config.latent_channels, *latents)
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(setting.device, setting.torch_dtype)
-
-    def prepare(folder: Path) -> None:
-        torch.manual_seed(0)
-        state = {name: tensor.to(setting.torch_dtype) for name, tensor in CogVideoXVAE(config).state_dict().items()}
-        save_checkpoint(folder / "vae.safetensors", state, family="cogvideox", part="codec", config=config)
-
-    def ours(folder: Path) -> Side:
-        header, _ = open_part(folder / "vae.safetensors", "codec")
-        vae = load_module(header, lambda: CogVideoXVAE(config), dtype=setting.torch_dtype, device=setting.device)
-        assert isinstance(vae, CogVideoXVAE)
-        codec = CogVideoXCodec(vae, config)
-
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return codec.decode(z)
-
-        return Side(run=run, answer=lambda video: video, modules=(vae,))
-
-    def peer(folder: Path) -> Side:
-        vae = diffusers_vae(config)
-        header, _ = open_part(folder / "vae.safetensors", "codec")
-        vae.load_state_dict(read_tensors(header), assign=True)
-        vae.to(setting.device).eval().requires_grad_(False)
+    def peer() -> AutoencoderKLCogVideoX:
+        vae = diffusers_vae(sizes.codec)
         if setting.peer == "tiled":
             vae.enable_tiling(*sizes.tile)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return vae.decode(z / config.scaling_factor, return_dict=False)[0]
-
-        return Side(run=run, answer=lambda video: video, modules=(vae,))
+        return vae
 
     way = "enable_tiling()" if setting.peer == "tiled" else "its default"
-    return Contest(
-        prepare=prepare,
-        ours=ours,
-        peer=peer,
-        peer_name=f"{version_of('diffusers')}, {way}",
-        bar=BAR,
-        facts={
-            "latents": list(latents),
-            "video": [4 * (latents[0] - 1) + 1, 8 * latents[1], 8 * latents[2]],
-            "channels": list(config.block_channels),
-        },
-    )
+    peer_name = f"{version_of('diffusers')}, {way}"
+    return codec_contest(setting, "cogvideox", sizes.codec, sizes.codec_latents, peer, peer_name, BAR)
 
 
 # ---------------------------------------------------------------------------------------------

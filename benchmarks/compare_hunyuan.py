@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..vidgen_core.families.hunyuan.codec import HunyuanCodec
 from ..vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig, Template, TextConfig
 from ..vidgen_core.families.hunyuan.keys import LAYOUTS
 from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
 from ..vidgen_core.families.hunyuan.text import TextStack
-from ..vidgen_core.families.hunyuan.vae import CausalVAE
 from ..vidgen_core.model import VideoModel, load_text, open_part
 from ..vidgen_core.text.dims import ClipDims, LlamaDims
 from ..vidgen_core.text.features import TextFeatures
 from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, Tokenizer
 from ..vidgen_core.weights.load import load_module, read_tensors
 from ..vidgen_core.weights.save import save_checkpoint, save_tensors
-from .contest import Contest, Setting, Side, loading
+from .compare_codec import codec_contest
+from .contest import Contest, Latents, Setting, Side, loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
@@ -36,9 +35,6 @@ NUM_TEXT = 256
 GUIDANCE = 8.0
 """times 1000 it survives the rounding to bfloat16; 6.0 would be heard as 6016, which is no matter of speed"""
 TIMESTEP = 800.0
-
-Latents = tuple[int, int, int]
-"""frames, rows, columns"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,57 +318,18 @@ def _network(setting: Setting, sizes: Sizes) -> Contest:
 
 
 def _codec(setting: Setting, sizes: Sizes) -> Contest:
-    config, latents = sizes.codec, sizes.codec_latents[setting.peer]
-    shape = (1, config.latent_channels, *latents)
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(setting.device, setting.torch_dtype)
-
-    def prepare(folder: Path) -> None:
-        torch.manual_seed(0)
-        state = {name: tensor.to(setting.torch_dtype) for name, tensor in CausalVAE(config).state_dict().items()}
-        save_checkpoint(folder / "vae.safetensors", state, family="hunyuan", part="codec", config=config)
-
-    def ours(folder: Path) -> Side:
-        header, _ = open_part(folder / "vae.safetensors", "codec")
-        vae = load_module(header, lambda: CausalVAE(config), dtype=setting.torch_dtype, device=setting.device)
-        assert isinstance(vae, CausalVAE)
-        codec = HunyuanCodec(vae, config)
-
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return codec.decode(z)
-
-        return Side(run=run, answer=lambda video: video, modules=(vae,))
-
-    def peer(folder: Path) -> Side:
-        vae = diffusers_vae(config)
-        header, _ = open_part(folder / "vae.safetensors", "codec")
-        vae.load_state_dict(read_tensors(header), assign=True)
-        vae.to(setting.device).eval().requires_grad_(False)
+    def peer() -> AutoencoderKLHunyuanVideo:
+        vae = diffusers_vae(sizes.codec)
         if setting.peer == "untiled":
             vae.use_framewise_decoding = False
         elif setting.peer == "tiled":
             px, stride = sizes.tile
             vae.enable_tiling(px, px, 16, stride, stride, 12)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return vae.decode(z / config.scaling_factor, return_dict=False)[0]
-
-        return Side(run=run, answer=lambda video: video, modules=(vae,))
+        return vae
 
     ways = {"untiled": "use_framewise_decoding=False", "default": "its default", "tiled": "enable_tiling()"}
-    return Contest(
-        prepare=prepare,
-        ours=ours,
-        peer=peer,
-        peer_name=f"{version_of('diffusers')}, {ways[setting.peer]}",
-        bar=CODEC_BARS[setting.peer],
-        facts={
-            "latents": list(latents),
-            "video": [4 * (latents[0] - 1) + 1, 8 * latents[1], 8 * latents[2]],
-            "channels": list(config.block_channels),
-        },
-    )
+    peer_name, bar = f"{version_of('diffusers')}, {ways[setting.peer]}", CODEC_BARS[setting.peer]
+    return codec_contest(setting, "hunyuan", sizes.codec, sizes.codec_latents[setting.peer], peer, peer_name, bar)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model")
 
+Latents = tuple[int, int, int]
+"""frames, rows, columns"""
 PARTS = ("network", "codec", "text", "loader")
 DTYPES = ("fp32", "bf16", "fp8")
 """fp8: linear weights are stored as float8 e4m3 and computed with as bfloat16"""

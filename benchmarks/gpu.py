@@ -38,13 +38,11 @@ if TYPE_CHECKING:
     from ..vidgen_core.model import VideoModel
     from ..vidgen_core.text.features import TextFeatures
     from .compare_cogvideox import Sizes
+    from .contest import Latents
 
 MINUTES = 8.75
 """for all items; what is left of nine goes to starting and writing"""
 VALID_TEXT, NUM_TEXT = 64, 256
-
-Latents = tuple[int, int, int]
-"""frames, rows, columns"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
