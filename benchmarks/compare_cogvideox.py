@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..vidgen_core.families.cogvideox import FAMILY
 from ..vidgen_core.families.cogvideox.config import T2V_5B, T5_XXL, VAE_5B, CodecConfig, NetworkConfig, TextConfig
-from ..vidgen_core.families.cogvideox.keys import LAYOUTS
 from ..vidgen_core.families.cogvideox.network import CogVideoXTransformer
 from ..vidgen_core.families.cogvideox.text import T5Text
 from ..vidgen_core.model import VideoModel, load_text, open_part
 from ..vidgen_core.text.dims import T5Dims
 from ..vidgen_core.text.features import TextFeatures
 from ..vidgen_core.text.tokenizer import EOS, PAD, Tokenizer
-from ..vidgen_core.weights.load import load_module, read_tensors
-from ..vidgen_core.weights.save import save_checkpoint, save_tensors
-from .compare_codec import codec_contest
-from .compare_hunyuan import as_float8, random_weights, version_of
+from ..vidgen_core.weights.load import read_tensors
+from ..vidgen_core.weights.save import save_checkpoint
+from .compare_parts import codec_contest, load_ours, load_peer, random_weights, version_of, write_network
 from .contest import Contest, Latents, Setting, Side, loading
 
 if TYPE_CHECKING:
@@ -135,38 +132,8 @@ def with_official_eps(network: CogVideoXTransformer3DModel) -> CogVideoXTransfor
     return network
 
 
-def _write_network(folder: Path, config: NetworkConfig, dtype: str) -> None:
-    """``network.safetensors`` with native names, and the folder ``diffusers`` as that library saves it."""
-    with torch.device("meta"):
-        module, twin = CogVideoXTransformer(config), diffusers_network(config)
-    state = random_weights(module, dtype)
-    native = as_float8(state, FAMILY.blocks) if dtype == "fp8" else state
-    save_checkpoint(folder / "network.safetensors", native, family="cogvideox", part="network", config=config)
-    twin.save_config(folder / "diffusers")
-    foreign = LAYOUTS["diffusers"].to_foreign(state)
-    save_tensors(folder / "diffusers" / "diffusion_pytorch_model.safetensors", foreign, {"format": "pt"})
-
-
-def _load_ours(folder: Path, setting: Setting) -> VideoModel:
-    """As ``load_network`` does, except that float8 weights stay small however small the whole network is."""
-    header, found = open_part(folder / "network.safetensors", "network")
-    network = load_module(
-        header,
-        lambda: CogVideoXTransformer(found.config),
-        dtype=setting.torch_dtype,
-        device=setting.device,
-        keep_quantised=setting.dtype == "fp8",
-    )
-    return VideoModel.of("cogvideox", found.config, network)
-
-
 def _load_theirs(folder: Path, setting: Setting) -> CogVideoXTransformer3DModel:
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel.from_pretrained(folder / "diffusers", torch_dtype=setting.torch_dtype)
-    if setting.dtype == "fp8":
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    return with_official_eps(model.to(setting.device).eval())
+    return with_official_eps(load_peer(folder, setting, "CogVideoXTransformer3DModel"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +185,8 @@ def _network(setting: Setting, sizes: Sizes) -> Contest:
     asked = Asked(config, setting)
     frames, rows, columns = config.trained_grid
     return Contest(
-        prepare=lambda folder: _write_network(folder, config, setting.dtype),
-        ours=lambda folder: asked.ours(_load_ours(folder, setting)),
+        prepare=lambda folder: write_network(folder, "cogvideox", config, diffusers_network, setting.dtype),
+        ours=lambda folder: asked.ours(load_ours(folder, setting)),
         peer=lambda folder: asked.peer(_load_theirs(folder, setting)),
         peer_name=version_of("diffusers"),
         bar=BAR,
@@ -347,11 +314,11 @@ def _loader(setting: Setting, sizes: Sizes) -> Contest:
     asked = Asked(config, setting)
 
     def prepare(folder: Path) -> None:
-        _write_network(folder, config, "fp8" if setting.dtype == "fp8" else "bf16")
+        write_network(folder, "cogvideox", config, diffusers_network, "fp8" if setting.dtype == "fp8" else "bf16")
 
     def ours(folder: Path) -> Side:
         return loading(
-            lambda: _load_ours(folder, setting), lambda model: model.network, lambda model: asked.ours(model).run()
+            lambda: load_ours(folder, setting), lambda model: model.network, lambda model: asked.ours(model).run()
         )
 
     def peer(folder: Path) -> Side:

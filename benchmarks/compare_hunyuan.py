@@ -7,7 +7,7 @@ of its width; a loader's file of 200 MB. Bars are ratios of time, ours / theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..vidgen_core.families.hunyuan.config import CodecConfig, NetworkConfig, Template, TextConfig
-from ..vidgen_core.families.hunyuan.keys import LAYOUTS
 from ..vidgen_core.families.hunyuan.network import HunyuanVideoTransformer
 from ..vidgen_core.families.hunyuan.text import TextStack
 from ..vidgen_core.model import VideoModel, load_text, open_part
 from ..vidgen_core.text.dims import ClipDims, LlamaDims
 from ..vidgen_core.text.features import TextFeatures
 from ..vidgen_core.text.tokenizer import BOS, EOS, PAD, Tokenizer
-from ..vidgen_core.weights.load import load_module, read_tensors
-from ..vidgen_core.weights.save import save_checkpoint, save_tensors
-from .compare_codec import codec_contest
+from ..vidgen_core.weights.load import read_tensors
+from ..vidgen_core.weights.save import save_checkpoint
+from .compare_parts import codec_contest, load_ours, load_peer, random_weights, version_of, write_network
 from .contest import Contest, Latents, Setting, Side, loading
 
 if TYPE_CHECKING:
@@ -120,37 +119,6 @@ def contest(setting: Setting) -> Contest:
 # weights
 
 
-def random_weights(module: nn.Module, dtype: str, *, seed: int = 0) -> dict[str, Tensor]:
-    """A state dict for a module that may be on the meta device: deviation 1 / sqrt(inputs), norms near 1.
-
-    Every number can be told in ``dtype`` ("fp32", "bf16", "fp8"), so that both sides have the very same weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    stored = torch.float32 if dtype == "fp32" else torch.bfloat16
-    state = {}
-    for name, tensor in module.state_dict().items():
-        values = torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim > 1:
-            values *= tensor[0].numel() ** -0.5
-        elif "norm" in name and name.endswith("weight"):
-            values = 1 + 0.1 * values
-        else:
-            values *= 0.02
-        if dtype == "fp8":
-            values = values.to(torch.float8_e4m3fn)
-        state[name] = values.to(stored)
-    return state
-
-
-def as_float8(state: Mapping[str, Tensor], blocks: Sequence[str]) -> dict[str, Tensor]:
-    """The linear weights of ``blocks`` (paths of lists of modules) as float8, the rest as it is."""
-    inside = tuple(f"{path}." for path in blocks)
-    return {
-        name: tensor.to(torch.float8_e4m3fn) if name.startswith(inside) and tensor.ndim == 2 else tensor
-        for name, tensor in state.items()
-    }
-
-
 def diffusers_network(config: NetworkConfig) -> HunyuanVideoTransformer3DModel:
     """diffusers' transformer of the same configuration, with weights of its own (none on the meta device)."""
     from diffusers import HunyuanVideoTransformer3DModel
@@ -191,47 +159,6 @@ def diffusers_vae(config: CodecConfig) -> AutoencoderKLHunyuanVideo:
         temporal_compression_ratio=config.temporal_compression,
         mid_block_add_attention=config.mid_attention,
     )
-
-
-def _write_network(folder: Path, config: NetworkConfig, dtype: str) -> None:
-    """``network.safetensors`` with native names, and the folder ``diffusers`` as that library saves it."""
-    with torch.device("meta"):
-        module, twin = HunyuanVideoTransformer(config), diffusers_network(config)
-    state = random_weights(module, dtype)
-    native = as_float8(state, ("double_blocks", "single_blocks")) if dtype == "fp8" else state
-    save_checkpoint(folder / "network.safetensors", native, family="hunyuan", part="network", config=config)
-    twin.save_config(folder / "diffusers")
-    foreign = LAYOUTS["diffusers"].to_foreign(state)
-    save_tensors(folder / "diffusers" / "diffusion_pytorch_model.safetensors", foreign, {"format": "pt"})
-
-
-def _load_ours(folder: Path, setting: Setting) -> VideoModel:
-    """As ``load_network`` does, except that float8 weights stay small however small the whole network is."""
-    header, found = open_part(folder / "network.safetensors", "network")
-    network = load_module(
-        header,
-        lambda: HunyuanVideoTransformer(found.config),
-        dtype=setting.torch_dtype,
-        device=setting.device,
-        keep_quantised=setting.dtype == "fp8",
-    )
-    return VideoModel.of("hunyuan", found.config, network)
-
-
-def _load_theirs(folder: Path, setting: Setting) -> HunyuanVideoTransformer3DModel:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    model = HunyuanVideoTransformer3DModel.from_pretrained(folder / "diffusers", torch_dtype=setting.torch_dtype)
-    if setting.dtype == "fp8":
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    return model.to(setting.device).eval()
-
-
-def version_of(package: str) -> str:
-    """Name and version of a package."""
-    from importlib.metadata import version
-
-    return f"{package} {version(package)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,7 +204,7 @@ def _network(setting: Setting, sizes: Sizes) -> Contest:
     config, latents = sizes.network, sizes.network_latents
 
     def ours(folder: Path) -> Side:
-        model = _load_ours(folder, setting)
+        model = load_ours(folder, setting)
         noise, features = network_inputs(config, latents, setting.valid_text, setting.device, setting.torch_dtype)
         cond = model.conditioning(features, guidance=GUIDANCE)
 
@@ -288,7 +215,7 @@ def _network(setting: Setting, sizes: Sizes) -> Contest:
         return Side(run=run, answer=lambda flow: flow, modules=(model.network,))
 
     def peer(folder: Path) -> Side:
-        model = _load_theirs(folder, setting)
+        model = load_peer(folder, setting, "HunyuanVideoTransformer3DModel")
         noise, features = network_inputs(config, latents, setting.valid_text, setting.device, setting.torch_dtype)
 
         def run() -> Tensor:
@@ -299,7 +226,7 @@ def _network(setting: Setting, sizes: Sizes) -> Contest:
 
     video = latents[0] * latents[1] * latents[2] // 4
     return Contest(
-        prepare=lambda folder: _write_network(folder, config, setting.dtype),
+        prepare=lambda folder: write_network(folder, "hunyuan", config, diffusers_network, setting.dtype),
         ours=ours,
         peer=peer,
         peer_name=version_of("diffusers"),
@@ -473,7 +400,7 @@ def _loader(setting: Setting, sizes: Sizes) -> Contest:
     small = (1, 4, 4)
 
     def prepare(folder: Path) -> None:
-        _write_network(folder, config, "fp8" if setting.dtype == "fp8" else "bf16")
+        write_network(folder, "hunyuan", config, diffusers_network, "fp8" if setting.dtype == "fp8" else "bf16")
 
     def ours(folder: Path) -> Side:
         def answer(model: VideoModel) -> Tensor:
@@ -481,7 +408,7 @@ def _loader(setting: Setting, sizes: Sizes) -> Contest:
             with torch.inference_mode():
                 return forward_ours(model, noise, features)
 
-        return loading(lambda: _load_ours(folder, setting), lambda model: model.network, answer)
+        return loading(lambda: load_ours(folder, setting), lambda model: model.network, answer)
 
     def peer(folder: Path) -> Side:
         import diffusers
@@ -493,7 +420,9 @@ def _loader(setting: Setting, sizes: Sizes) -> Contest:
             with torch.no_grad():
                 return forward_theirs(model, noise, features, setting.torch_dtype)
 
-        return loading(lambda: _load_theirs(folder, setting), lambda model: model, answer)
+        return loading(
+            lambda: load_peer(folder, setting, "HunyuanVideoTransformer3DModel"), lambda model: model, answer
+        )
 
     with torch.device("meta"):
         num_parameters = sum(tensor.numel() for tensor in HunyuanVideoTransformer(config).parameters())
