@@ -48,6 +48,11 @@ class Count:
     forwards: int = 0
     ran: int = 0
 
+    @property
+    def skipped(self) -> float:
+        """As a share."""
+        return 1 - self.ran / max(1, self.forwards)
+
 
 @contextmanager
 def counted(model: VideoModel) -> Iterator[Count]:
@@ -107,7 +112,7 @@ class Bench:
             latents = sample_latents(model, cond, self.negative, self.shape, settings)
             cpu_s = time.process_time() - begun
         video = decode_latents(self.bundle.codec, latents, threads=1)
-        return Run(latents, video, 1 - count.ran / max(1, count.forwards), cpu_s)
+        return Run(latents, video, count.skipped, cpu_s)
 
 
 def psnr_db(found: Tensor, expected: Tensor, peak: float) -> float:

@@ -116,7 +116,7 @@ def contest(setting: Setting) -> Contest:
 
 
 # ---------------------------------------------------------------------------------------------
-# weights
+# the peer's
 
 
 def diffusers_network(config: NetworkConfig) -> HunyuanVideoTransformer3DModel:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..vidgen_core.codec import Codec
 from ..vidgen_core.families import FAMILIES, Config
 from ..vidgen_core.model import VideoModel, open_part
 from ..vidgen_core.weights.load import load_module, read_tensors
@@ -97,6 +98,30 @@ def load_peer(folder: Path, setting: Setting, network: str) -> Any:
     return model.to(setting.device).eval()
 
 
+def random_latents(config: Config, latents: Latents, device: str, dtype: torch.dtype) -> Tensor:
+    """(1, C, *latents), the same on every device."""
+    z = torch.randn(1, config.latent_channels, *latents, generator=torch.Generator().manual_seed(1))
+    return z.to(device, dtype)
+
+
+def our_decoding(codec: Codec, vae: nn.Module, z: Tensor) -> Side:
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return codec.decode(z)
+
+    return Side(run=run, answer=lambda video: video, modules=(vae,))
+
+
+def peer_decoding(vae: Any, config: Config, z: Tensor) -> Side:
+    """diffusers', which is given latents as its encoder has them."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return vae.decode(z / config.scaling_factor, return_dict=False)[0]
+
+    return Side(run=run, answer=lambda video: video, modules=(vae,))
+
+
 def codec_contest(
     setting: Setting, family: str, config: Config, latents: Latents, peer: Callable[[], Any], peer_name: str, bar: float
 ) -> Contest:
@@ -105,9 +130,8 @@ def codec_contest(
     Args:
         peer: makes diffusers' VAE of the same dimensions, which decodes as it shall.
     """
-    part, codec_of = FAMILIES[family].parts["codec"], FAMILIES[family].codec
-    shape = (1, config.latent_channels, *latents)
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(setting.device, setting.torch_dtype)
+    part = FAMILIES[family].parts["codec"]
+    z = random_latents(config, latents, setting.device, setting.torch_dtype)
 
     def prepare(folder: Path) -> None:
         torch.manual_seed(0)
@@ -117,25 +141,13 @@ def codec_contest(
     def ours(folder: Path) -> Side:
         header, _ = open_part(folder / "vae.safetensors", "codec")
         vae = load_module(header, lambda: part.build(config, {}), dtype=setting.torch_dtype, device=setting.device)
-        codec = codec_of(vae, config)
-
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return codec.decode(z)
-
-        return Side(run=run, answer=lambda video: video, modules=(vae,))
+        return our_decoding(FAMILIES[family].codec(vae, config), vae, z)
 
     def theirs(folder: Path) -> Side:
         vae: nn.Module = peer()
         header, _ = open_part(folder / "vae.safetensors", "codec")
         vae.load_state_dict(read_tensors(header), assign=True)
-        vae.to(setting.device).eval().requires_grad_(False)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return vae.decode(z / config.scaling_factor, return_dict=False)[0]
-
-        return Side(run=run, answer=lambda video: video, modules=(vae,))
+        return peer_decoding(vae.to(setting.device).eval().requires_grad_(False), config, z)
 
     return Contest(
         prepare=prepare,

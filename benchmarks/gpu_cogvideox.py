@@ -60,24 +60,13 @@ def _codecs(scale: Scale) -> tuple[Side, Side]:
     from ..vidgen_core.families.cogvideox.codec import CogVideoXCodec
     from ..vidgen_core.families.cogvideox.vae import CogVideoXVAE
     from .compare_cogvideox import diffusers_vae
-    from .contest import Side
+    from .compare_parts import our_decoding, peer_decoding, random_latents
 
-    config, sizes = scale.cogvideox.codec, scale.cogvideox
+    config = scale.cogvideox.codec
     torch.manual_seed(0)
     vae = CogVideoXVAE(config).to(scale.device, scale.torch_dtype).eval().requires_grad_(False)
     twin = diffusers_vae(config)
     twin.load_state_dict(vae.state_dict())
     twin.to(scale.device, scale.torch_dtype).eval().requires_grad_(False)
-    shape = (1, config.latent_channels, *sizes.codec_latents)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(scale.device, scale.torch_dtype)
-    codec = CogVideoXCodec(vae, config)
-
-    def ours() -> torch.Tensor:
-        with torch.inference_mode():
-            return codec.decode(latents)
-
-    def peer() -> torch.Tensor:
-        with torch.no_grad():
-            return twin.decode(latents / config.scaling_factor, return_dict=False)[0]
-
-    return Side(run=ours, answer=lambda video: video), Side(run=peer, answer=lambda video: video)
+    z = random_latents(config, scale.cogvideox.codec_latents, scale.device, scale.torch_dtype)
+    return our_decoding(CogVideoXCodec(vae, config), vae, z), peer_decoding(twin, config, z)

@@ -220,16 +220,13 @@ def file_below(folder: Path, name: str) -> Path | None:
 def known_folder(host: NodeHost, name: str) -> Path:
     """A folder of ``host.model_folders()`` or, as ``FOLDER/FILE``, a file in it; FileError with the names there are."""
     folders = host.model_folders()
+    if name in folders:
+        return folders[name]
     folder, _, file = name.replace("\\", "/").partition("/")
-    if file and folder in folders:
-        for path in checkpoints_in(folders[folder]):
-            if path.name == file:
-                return path
-    if name not in folders:
-        raise FileError(
-            "There is no such model", given=name, expected="one of " + (", ".join(folders) or "none at all")
-        )
-    return folders[name]
+    for path in checkpoints_in(folders[folder]) if folder in folders else ():
+        if path.name == file:
+            return path
+    raise FileError("There is no such model", given=name, expected="one of " + (", ".join(folders) or "none at all"))
 
 
 def known_subfolder(roots: Sequence[Path], name: str) -> Path:

@@ -215,10 +215,6 @@ def test_every_part_has_sides() -> None:
 # --- the list for a GPU -----------------------------------------------------------------------------------------------
 
 
-def cogvideox_parts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return [report["items"]["cogvideox"][part] for part in ("step", "decode")]
-
-
 def test_the_gpu_list_runs_dry(tmp_path: Path) -> None:
     """Every item at a tiny size on the CPU, by the very script."""
     folder = tmp_path / "results"
@@ -239,7 +235,7 @@ def test_the_gpu_list_runs_dry(tmp_path: Path) -> None:
     assert {name for name, status in statuses.items() if status != "done"} == {"svd"}
     assert report["items"]["peer_540p"]["difference"] < BF16_ROUNDING
     assert report["items"]["stream_file"]["streamed"]["difference"] == 0
-    assert max(part["difference"] for part in cogvideox_parts(report)) < BF16_ROUNDING
+    assert max(report["items"]["cogvideox"][part]["difference"] for part in ("step", "decode")) < BF16_ROUNDING
     cached = report["items"]["step_cache"]["magcache fast"]
     assert cached["skipped"] > 0
     assert cached["difference"] > 0

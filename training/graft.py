@@ -16,6 +16,7 @@ reads them one by one twice, side by side, so that either half of it sees every 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,15 +68,21 @@ def _check(network: CogVideoXTransformer, scion: HunyuanVideoTransformer) -> Non
     sizes["in_channels"] = (own.in_channels, other.in_channels)
     sizes["num_layers"] = (own.num_layers, other.num_double_blocks + other.num_single_blocks)
     sizes["time_width"] = (own.time_width, other.hidden_size)
-    wrong = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
-    if wrong or own.offset_embed or own.positions != "rope":
+    given, expected = _differing(sizes)
+    if given or own.offset_embed or own.positions != "rope":
         raise RecipeError(
             "The teacher's weights do not fit into this network",
-            given=", ".join(f"model.{name} = {pair[0]}" for name, pair in wrong.items())
-            or f"positions {own.positions!r}, offset_embed {own.offset_embed}",
-            expected=", ".join(f"{name} = {pair[1]}" for name, pair in wrong.items()) or "rotations, and no offset",
+            given=given or f"positions {own.positions!r}, offset_embed {own.offset_embed}",
+            expected=expected or "rotations, and no offset",
             do="set these, or teacher.graft = false",
         )
+
+
+def _differing(sizes: Mapping[str, tuple[Any, Any]]) -> tuple[str, str]:
+    """What a recipe has and what is needed, of the sizes (own, needed) that differ; empty where none does."""
+    wrong = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+    given = ", ".join(f"model.{name} = {own}" for name, (own, _) in wrong.items())
+    return given, ", ".join(f"{name} = {needed}" for name, (_, needed) in wrong.items())
 
 
 def _of_double(block: nn.Module) -> dict[str, Tensor]:
@@ -215,18 +222,16 @@ def _first_layer(network: CogVideoXTransformer, weight: Tensor) -> Tensor:
 
 def _check_pairs(network: CogVideoXTransformer, scion: CogVideoXTransformer) -> None:
     own, other = network.config, scion.config
-    sizes = {name: (getattr(own, name), getattr(other, name)) for name in ("num_layers", "text_width", "time_width")}
-    sizes |= {name: (getattr(own, name), getattr(other, name)) for name in ("mlp_ratio", "rope_axes", "out_channels")}
+    names = ("num_layers", "text_width", "time_width", "mlp_ratio", "rope_axes", "out_channels")
+    sizes = {name: (getattr(own, name), getattr(other, name)) for name in names}
     sizes |= {name: (getattr(own, name), 2 * getattr(other, name)) for name in ("hidden_size", "num_heads")}
     sizes["patch"] = own.patch, (2, 1, 1)
-    wrong = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
-    if wrong or other.patch != (1, 1, 1) or {own.positions, other.positions} != {"rope"}:
+    given, expected = _differing(sizes)
+    if given or other.patch != (1, 1, 1) or {own.positions, other.positions} != {"rope"}:
         raise RecipeError(
             "The weights to begin with do not fit into this network twice",
-            given=", ".join(f"model.{name} = {pair[0]}" for name, pair in wrong.items())
-            or f"a patch of {other.patch}, positions {own.positions!r} and {other.positions!r}",
-            expected=", ".join(f"{name} = {pair[1]}" for name, pair in wrong.items())
-            or "one latent frame to a token, and rotations",
+            given=given or f"a patch of {other.patch}, positions {own.positions!r} and {other.positions!r}",
+            expected=expected or "one latent frame to a token, and rotations",
         )
 
 

@@ -101,7 +101,7 @@ class VideoShape:
         if self.num_frames < 1 or (self.num_frames - offset) % grid.step:
             rule = f"{grid.step} n + {offset} frames" if grid.step > 1 else "at least 1 frame"
             near = nearest.num_frames
-            if self.num_frames > 1 == near:  # who wants a video is not told to make a picture
+            if near == 1 < self.num_frames:  # who wants a video is not told to make a picture
                 near = offset + grid.step
             raise SettingsError(
                 "The number of frames cannot be used",

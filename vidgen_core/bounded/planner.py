@@ -307,9 +307,8 @@ class _Planner:
 
     def _work(self, one: Pass, start: int) -> int:
         """What a strip takes."""
-        joined = one.joined
         steps = list(self._steps(one, start))[::-1]
-        layers = steps[: len(one.layers)]
+        layers, rest = steps[: len(one.layers)], steps[len(one.layers) :]
         rows = 0, one.rows
         if layers:
             layer, size, rows, _ = layers[0]
@@ -320,12 +319,12 @@ class _Planner:
             held, needed = layer.work(size, rows, frames, self.itemsize)
             needed += self._loose(before, size, layer.halo(rows, size.rows), frames)
             scratch, largest, before = scratch + held, max(largest, needed), layer
-        if joined is not None:
-            # What goes past the two convolutions needs no memory of its own: it is added to what they give.
-            _, size, rows, frames = steps[-1 if joined.shortcut is None else -2]
-            held, needed = joined.second.work(size, rows, frames, self.itemsize)
+        if rest:
+            # The second convolution. A shortcut beside it needs no memory of its own: it is added to what that gives.
+            layer, size, rows, frames = rest[0]
+            held, needed = layer.work(size, rows, frames, self.itemsize)
             needed += self._loose(before, one.size(self.sizes[start]), rows, frames)
-            scratch += held + slab_bytes(size, joined.second.halo(rows, size.rows), frames, self.itemsize)
+            scratch += held + slab_bytes(size, layer.halo(rows, size.rows), frames, self.itemsize)
             largest = max(largest, needed)
         return scratch + largest
 

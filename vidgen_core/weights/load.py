@@ -143,7 +143,7 @@ class _Sources:
         dtype = self.places[name].dtype
         if self.storage is not None and f"{module_of(self.native[name])}.stored" in self.wanted:
             return True
-        return self.dtype is not None and dtype.is_floating_point and dtype not in (self.dtype, *FLOAT8)
+        return _changes(dtype, self.dtype)
 
     def state(
         self, names: Collection[str], tensors: Mapping[str, Tensor], device: torch.device | None = None
@@ -296,7 +296,8 @@ def read_tensors(
             files[path] = mappings[path] if mapped else PlainFile(path)
         for name, place in places.items():
             stored, file = scales.get(name, place), files[place.file]
-            if isinstance(file, PlainFile) and dtype is not None and name not in scales and _may_be_cast(place, dtype):
+            is_plain = name not in scales and place.stride is None
+            if isinstance(file, PlainFile) and dtype is not None and is_plain and _changes(place.dtype, dtype):
                 flat = file.read_as(place.offset, place.num_bytes, place.dtype, dtype)
                 tensors[name] = flat.view(place.shape).to(device)
                 continue
@@ -316,8 +317,9 @@ def read_tensors(
     return tensors
 
 
-def _may_be_cast(place: Place, dtype: torch.dtype) -> bool:
-    return place.dtype.is_floating_point and place.dtype not in (dtype, *FLOAT8) and place.stride is None
+def _changes(stored: torch.dtype, dtype: torch.dtype | None) -> bool:
+    """Whether a cast makes other numbers of these; float8 is widened elsewhere, with its scale."""
+    return dtype is not None and stored.is_floating_point and stored not in (dtype, *FLOAT8)
 
 
 def _shaped(data: Tensor, place: Place) -> Tensor:
